@@ -1,0 +1,9 @@
+"""The two ways a run can go wrong that are not bugs."""
+
+
+class UserError(ValueError):
+    """The input is wrong: the message gives the rule, the value and the remedy on one line."""
+
+
+class Diverged(ArithmeticError):
+    """A distillation cannot go on: its learning rate left (0, inf) or its loss is not finite."""

@@ -1,0 +1,440 @@
+"""YAML -> a validated, frozen ``SweepConfig``.
+
+The sections ``dataset``, ``experts``, ``distill`` and ``evaluate`` are the dataclasses of
+``ftd``; a value of ``experts`` or ``distill`` may be a search dimension (``ftd_ray.space``).
+Everything is checked here, for every point of the space, before any work starts.
+"""
+
+import difflib
+import os
+import re
+import typing
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from functools import cache
+from itertools import islice, product
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+
+from ftd.data import DatasetConfig
+from ftd.data.dataset import Description
+from ftd.distill import DistillConfig
+from ftd.errors import UserError
+from ftd.evaluate import EvaluateConfig
+from ftd.expert import ExpertConfig, Numerics, identity, network_for
+from ftd_ray.space import Dimension, is_dimension, parse_dimension
+from ftd_ray.storage import is_local
+
+MAX_POINTS = 4096
+"""Points of the space that are checked one by one at most."""
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """How the space is searched."""
+
+    trials: int
+    """Trials in all; a failed one counts."""
+    concurrency: int = 2
+    """Trials at a time."""
+    sampler: Literal["tpe", "random", "grid", "qmc"] = "tpe"
+    pruner: Literal["asha", "hyperband", "median", "none"] = "asha"
+    """Asked at every report, on validation accuracy against outer steps."""
+    grace: int | None = None
+    """Outer steps before a trial may be pruned; None for the first report (evaluate.every)."""
+    reduction_factor: int = 3
+    """asha and hyperband keep one trial in so many at each rung."""
+
+    def __post_init__(self) -> None:
+        for key, least in (("trials", 1), ("concurrency", 1), ("reduction_factor", 2)):
+            if getattr(self, key) < least:
+                raise UserError(f"search.{key}={getattr(self, key)} must be at least {least}.")
+        if self.grace is not None and self.grace < 1:
+            raise UserError(f"search.grace={self.grace} must be at least 1 outer step.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResourcesConfig:
+    """What one worker takes. GPUs may be fractions: two workers of 0.5 share one."""
+
+    cpus_per_expert: float = 1
+    gpus_per_expert: float = 0
+    cpus_per_trial: float = 1
+    gpus_per_trial: float = 0
+
+    def __post_init__(self) -> None:
+        for key in ("cpus_per_expert", "cpus_per_trial"):
+            if not 0 < getattr(self, key) < float("inf"):
+                raise UserError(f"resources.{key}={getattr(self, key)} must be above 0.")
+        for key in ("gpus_per_expert", "gpus_per_trial"):
+            value = getattr(self, key)
+            if value < 0 or (value > 1 and value != int(value)):
+                raise UserError(
+                    f"resources.{key}={value} must be 0, a fraction of one GPU, or a whole number."
+                )
+
+    @property
+    def expert_numerics(self) -> Numerics:
+        return _numerics(self.cpus_per_expert, self.gpus_per_expert)
+
+    @property
+    def trial_numerics(self) -> Numerics:
+        return _numerics(self.cpus_per_trial, self.gpus_per_trial)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreConfig:
+    """Where expert sets are kept, to be shared by all sweeps."""
+
+    uri: str = "./store"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """Where MLflow keeps runs."""
+
+    uri: str = "sqlite:///mlflow.db"
+    experiment: str | None = None
+    """None for the name of the sweep."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputConfig:
+    """Where the sweep's own folder lies."""
+
+    dir: str | None = None
+    """None for runs/<name>."""
+
+
+SECTIONS: dict[str, type] = {
+    "dataset": DatasetConfig,
+    "experts": ExpertConfig,
+    "distill": DistillConfig,
+    "evaluate": EvaluateConfig,
+    "search": SearchConfig,
+    "resources": ResourcesConfig,
+    "store": StoreConfig,
+    "tracking": TrackingConfig,
+    "output": OutputConfig,
+}
+SEARCHED = ("experts", "distill")
+TOP_LEVEL = ("name", "seed", *SECTIONS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One point of the space: what an expert set and a distillation need."""
+
+    experts: ExpertConfig
+    distill: DistillConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """A whole sweep. ``experts`` and ``distill`` hold the first point; ``at`` gives any other."""
+
+    name: str
+    seed: int
+    dataset: DatasetConfig
+    experts: ExpertConfig
+    distill: DistillConfig
+    evaluate: EvaluateConfig
+    search: SearchConfig
+    resources: ResourcesConfig
+    store: StoreConfig
+    tracking: TrackingConfig
+    output: OutputConfig
+    space: tuple[Dimension, ...] = ()
+    written: dict[str, Any] = field(default_factory=dict, repr=False)
+    """The sections as they were written, search dimensions included."""
+
+    @property
+    def output_dir(self) -> str:
+        assert self.output.dir is not None
+        return self.output.dir
+
+    @property
+    def experiment(self) -> str:
+        return self.tracking.experiment or self.name
+
+    def at(self, params: dict[str, Any]) -> Point:
+        """The point with ``params`` ({"experts.rho": 0.01, ...}) in the place of dimensions."""
+        values: dict[str, dict[str, Any]] = {s: {} for s in SEARCHED}
+        for key, value in params.items():
+            section, _, name = key.partition(".")
+            values[section][name] = value
+        return Point(
+            experts=_build("experts", self._literals("experts") | values["experts"]),
+            distill=_build("distill", self._literals("distill") | values["distill"]),
+        )
+
+    def points(self) -> typing.Iterator[dict[str, Any]]:
+        """Every point of a discrete space; of continuous dimensions the two ends."""
+        for combination in product(*(d.extremes() for d in self.space)):
+            yield dict(zip((d.key for d in self.space), combination, strict=True))
+
+    def expert_points(self) -> list[tuple[dict[str, Any], ExpertConfig]]:
+        """The distinct combinations of the ``experts`` dimensions with their configurations."""
+        dims = [d for d in self.space if d.key.startswith("experts.")]
+        found = []
+        for combination in product(*(d.values for d in dims)):
+            params = dict(zip((d.key for d in dims), combination, strict=True))
+            experts = {k.partition(".")[2]: v for k, v in params.items()}
+            found.append((params, _build("experts", self._literals("experts") | experts)))
+        return found
+
+    def identity(self, experts: ExpertConfig, data: Description) -> dict[str, Any]:
+        """The identity of the expert set of ``experts`` in this sweep."""
+        return identity(experts, data, self.dataset.strategy, self.resources.expert_numerics)
+
+    def check_against(self, data: Description) -> None:
+        """Raises UserError if some point of the space does not fit the data set."""
+        for params in islice(self.points(), MAX_POINTS):
+            point = self.at(params)
+            network_for(point.experts.network, data)
+            point.distill.check(epochs=point.experts.epochs, per_class=data.per_class)
+
+    def resolved(self) -> dict[str, Any]:
+        """The whole configuration as plain values, defaults filled in, dimensions as written."""
+        out: dict[str, Any] = {"name": self.name, "seed": self.seed}
+        for section in SECTIONS:
+            values = asdict(getattr(self, section))
+            if section in SEARCHED:
+                searched = {k: v for k, v in self.written[section].items() if is_dimension(v)}
+                if section == "experts" and "rho" not in self.written[section]:
+                    values["rho"] = None if self._searches("experts.sharpness") else values["rho"]
+                values |= searched
+            out[section] = values
+        return out
+
+    def _searches(self, key: str) -> bool:
+        return any(d.key == key for d in self.space)
+
+    def _literals(self, section: str) -> dict[str, Any]:
+        return {k: v for k, v in self.written[section].items() if not is_dimension(v)}
+
+
+def load_config(path: str | os.PathLike[str], overrides: typing.Sequence[str] = ()) -> SweepConfig:
+    """Reads a sweep file and applies ``key.path=value`` overrides. Raises UserError."""
+    try:
+        text = Path(path).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path} cannot be read: {reason}. Give the path of a sweep.") from error
+    tree = _parse_yaml(text, str(path))
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} must hold a mapping with the sections {', '.join(TOP_LEVEL)}.")
+    for override in overrides:
+        _apply_override(tree, override)
+    try:
+        return parse_config(tree)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def parse_config(tree: dict[str, Any]) -> SweepConfig:
+    """Checks a parsed sweep and every point of its space. Raises UserError."""
+    _check_keys(tree)
+    name = tree.get("name")
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise UserError(
+            f"name={name!r} must be letters, digits, '.', '_' and '-' (it names a folder)."
+        )
+    seed = tree.get("seed", 0)
+    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+        raise UserError(f"seed={seed!r} must be a whole number of 0 or more.")
+    written = {s: dict(tree.get(s) or {}) for s in SECTIONS}
+    space = tuple(
+        parse_dimension(f"{section}.{key}", value)
+        for section in SEARCHED
+        for key, value in written[section].items()
+        if is_dimension(value)
+    )
+    for d in space:
+        if d.key.startswith("experts.") and not d.discrete:
+            raise UserError(
+                f"{d.key}: dimensions of experts must be discrete, so that expert sets are "
+                "shared. Add levels: n, or use choice or int."
+            )
+        if len(d.extremes()) == 1:
+            raise UserError(f"{d.key}: a dimension of one value. Write {d.values[0]} itself.")
+    first = {d.key: d.extremes()[0] for d in space}
+    built = {}
+    for section in SECTIONS:
+        values = dict(written[section])
+        values |= {
+            k.partition(".")[2]: v for k, v in first.items() if k.startswith(f"{section}.")
+        }
+        built[section] = _build(section, values)
+    config = SweepConfig(name=name, seed=seed, **built, space=space, written=written)
+    config = _absolute(config)
+    _check_points(config)
+    return config
+
+
+def _check_points(config: SweepConfig) -> None:
+    for params in islice(config.points(), MAX_POINTS):
+        point = config.at(params)
+        point.distill.check(epochs=point.experts.epochs, per_class=(10**9,))
+    search, evaluate = config.search, config.evaluate
+    iterations = min(config.at(p).distill.iterations for p in islice(config.points(), MAX_POINTS))
+    if evaluate.every > iterations:
+        raise UserError(
+            f"evaluate.every={evaluate.every} is above distill.iterations={iterations}, so a trial "
+            "would never report. Lower it."
+        )
+    if search.grace is not None and search.pruner == "none":
+        raise UserError(
+            f"search.grace={search.grace} has no effect with search.pruner=none. Leave it out."
+        )
+    if search.sampler == "grid" and not all(d.discrete for d in config.space):
+        loose = next(d.key for d in config.space if not d.discrete)
+        raise UserError(
+            f"search.sampler=grid needs discrete dimensions, and {loose} is continuous. "
+            "Give it levels: n, or take another sampler."
+        )
+    if search.sampler == "qmc" and not all(d.ordered for d in config.space):
+        loose = next(d.key for d in config.space if not d.ordered)
+        raise UserError(
+            f"search.sampler=qmc needs ordered dimensions (it would sample {loose} at random). "
+            "Take tpe, random or grid."
+        )
+
+
+def _build(section: str, values: dict[str, Any]) -> Any:
+    try:
+        checked = _model(section).model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = ".".join([section, *(str(p) for p in first["loc"][:1])])
+        rule = re.sub(r"^Input should be", "must be", first["msg"])
+        raise UserError(f"{path}={first['input']!r} {rule}.") from error
+    return SECTIONS[section](**checked.model_dump(exclude_unset=True))
+
+
+@cache
+def _model(section: str) -> type[BaseModel]:
+    """Strict types of a section's dataclass: no string becomes a number, no 1 becomes true."""
+    cls = SECTIONS[section]
+    hints = typing.get_type_hints(cls)
+    types: dict[str, Any] = {
+        f.name: (hints[f.name], ... if f.default is MISSING else f.default) for f in fields(cls)
+    }
+    config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+    return create_model(cls.__name__, __config__=config, **types)
+
+
+def _check_keys(tree: dict[str, Any]) -> None:
+    for key, value in tree.items():
+        _check_key(str(key), TOP_LEVEL, "")
+        if key not in SECTIONS:
+            continue
+        if value is not None and not isinstance(value, dict):
+            raise UserError(f"{key}={value!r} must be a mapping of keys to values.")
+        names = [f.name for f in fields(SECTIONS[key])]
+        for name, inner in (value or {}).items():
+            _check_key(str(name), names, f"{key}.")
+            if isinstance(inner, dict) and key not in SEARCHED:
+                raise UserError(
+                    f"{key}.{name} cannot be searched; only keys of experts and distill can. "
+                    "Give one value."
+                )
+    for section, cls in SECTIONS.items():
+        required = [f.name for f in fields(cls) if f.default is MISSING]
+        missing = [r for r in required if r not in (tree.get(section) or {})]
+        if missing:
+            raise UserError(f"{section}.{missing[0]} is missing. Set it.")
+
+
+def _check_key(key: str, valid: typing.Sequence[str], prefix: str) -> None:
+    if key in valid:
+        return
+    everywhere = list(valid)
+    near = difflib.get_close_matches(key, everywhere, n=1, cutoff=0.5)
+    hint = f"Did you mean {prefix}{near[0]}?" if near else f"Known: {', '.join(everywhere)}."
+    raise UserError(f"{prefix}{key} is not a known key. {hint}")
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise UserError(f"{override!r} is not an override. Write key.path=value.")
+    value = _parse_yaml(text, f"the override {override!r}")
+    node = tree
+    *parents, last = path.split(".")
+    for parent in parents:
+        inner = node.setdefault(parent, {})
+        if inner is None:
+            inner = node[parent] = {}
+        if not isinstance(inner, dict):
+            raise UserError(f"the override {override!r}: {parent} is not a section.")
+        node = inner
+    node[last] = value
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 of PyYAML, but 1e-5 is a number and a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise yaml.YAMLError(f"the key {key!r} is not a plain word")
+            if key in seen:
+                raise yaml.YAMLError(f"the key {key} stands twice, line {node.start_mark.line + 1}")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f" line {mark.line + 1}" if mark else ""
+        reason = getattr(error, "problem", None) or str(error)
+        raise UserError(f"{where}{place}: not valid YAML ({reason}).") from error
+
+
+def _absolute(config: SweepConfig) -> SweepConfig:
+    """Local paths become absolute: workers have other working directories."""
+
+    def place(uri: str) -> str:
+        return os.path.abspath(uri.removeprefix("file://")) if is_local(uri) else uri
+
+    root = config.dataset.root
+    return replace(
+        config,
+        dataset=replace(config.dataset, root=None if root is None else os.path.abspath(root)),
+        store=replace(config.store, uri=place(config.store.uri)),
+        output=OutputConfig(dir=place(config.output.dir or f"runs/{config.name}")),
+        tracking=replace(config.tracking, uri=_tracking_uri(config.tracking.uri)),
+    )
+
+
+def _tracking_uri(uri: str) -> str:
+    prefix = "sqlite:///"
+    if uri.startswith(prefix):
+        return prefix + os.path.abspath(uri.removeprefix(prefix))
+    if re.match(r"(https?|postgresql|mysql|mssql|sqlite)(\+\w+)?://", uri):
+        return uri
+    raise UserError(
+        f"tracking.uri={uri!r} is not a place for MLflow. Give sqlite:///FILE, a database URI, or "
+        "the http(s):// address of a tracking server."
+    )
+
+
+def _numerics(cpus: float, gpus: float) -> Numerics:
+    return Numerics.on("cuda" if gpus else "cpu", max(1, int(cpus)))
