@@ -266,9 +266,7 @@ def parse_config(tree: dict[str, Any]) -> SweepConfig:
     built = {}
     for section in SECTIONS:
         values = dict(written[section])
-        values |= {
-            k.partition(".")[2]: v for k, v in first.items() if k.startswith(f"{section}.")
-        }
+        values |= {k.partition(".")[2]: v for k, v in first.items() if k.startswith(f"{section}.")}
         built[section] = _build(section, values)
     config = SweepConfig(name=name, seed=seed, **built, space=space, written=written)
     config = _absolute(config)
@@ -400,7 +398,7 @@ _Loader.add_implicit_resolver(
 
 def _parse_yaml(text: str, where: str) -> Any:
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+        return yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f" line {mark.line + 1}" if mark else ""

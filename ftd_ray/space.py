@@ -17,8 +17,8 @@ from optuna.distributions import (
     BaseDistribution,
     CategoricalDistribution,
     FloatDistribution,
-    IntDistribution,
 )
+from optuna.trial import Trial
 
 from ftd.errors import UserError
 
@@ -50,26 +50,22 @@ class Dimension:
         """Whether its values have an order: numbers do."""
         return not self.values or all(_is_number(v) for v in self.values)
 
-    def distribution(self) -> BaseDistribution:
-        """What the sampler sees."""
+    def suggest(self, trial: Trial) -> Any:
+        """A value, sampled by a trial."""
         if not self.discrete:
-            return FloatDistribution(*self.bounds, log=self.log)
+            return trial.suggest_float(self.key, *self.bounds, log=self.log)
         if self.ordered:
-            return IntDistribution(0, len(self.values) - 1)
-        return CategoricalDistribution(self.values)
-
-    def decode(self, sampled: Any) -> Any:
-        """The value that a sampled one stands for."""
-        return self.values[sampled] if self.discrete and self.ordered else sampled
+            return self.values[trial.suggest_int(self.key, 0, len(self.values) - 1)]
+        return trial.suggest_categorical(self.key, self.values)
 
     def encode(self, value: Any) -> Any:
-        """The sampled value that stands for ``value``."""
+        """What the sampler draws for ``value``."""
         return self.values.index(value) if self.discrete and self.ordered else value
 
     def real_distribution(self) -> BaseDistribution:
         """The distribution of the values themselves, for pictures."""
         if not self.ordered:
-            return self.distribution()
+            return CategoricalDistribution(self.values)
         low, high = (self.values[0], self.values[-1]) if self.discrete else self.bounds
         return FloatDistribution(float(low), float(high), log=self._looks_log(low, high))
 

@@ -8,7 +8,16 @@ from pyarrow import fs as pafs
 from ftd.errors import UserError
 from ftd.trajectory import put
 
-__all__ = ["is_local", "join", "open_uri", "probe", "put", "read_bytes", "remove_tree", "write_bytes"]
+__all__ = [
+    "is_local",
+    "join",
+    "open_uri",
+    "probe",
+    "put",
+    "read_bytes",
+    "remove_tree",
+    "write_bytes",
+]
 
 
 def open_uri(uri: str) -> tuple[pafs.FileSystem, str]:

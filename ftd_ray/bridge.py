@@ -1,0 +1,144 @@
+"""The study as Ray Tune's searcher and scheduler: Optuna decides, Tune executes.
+
+Tune's own OptunaSearch tells pruned trials as complete and cannot reopen a study; here both
+hooks of Tune lead to the same ``SweepStudy``, and what happens to a trial is told to a listener
+(progress, MLflow) at the same place.
+"""
+
+import os
+import pickle
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from ray.tune import Callback
+from ray.tune.experiment import Trial as TuneTrial
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
+
+from ftd_ray.search import Ended, Suggestion, SweepStudy
+from ftd_ray.trial import Report
+from ftd_ray.workers import TrialOrder
+
+
+class Listener(Protocol):
+    """Hears what happens to trials, in order, in the driver."""
+
+    def trial_started(self, suggestion: Suggestion) -> None: ...
+
+    def trial_reported(self, number: int, report: Report) -> None: ...
+
+    def trial_ended(self, ended: Ended) -> None: ...
+
+
+class DriverOnly:
+    """Tune pickles its parts for ``Tuner.restore``, which is not used here: the study resumes."""
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return object, ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "DriverOnly":
+        return self
+
+
+class StudySearcher(DriverOnly, Searcher):
+    """Tune asks for trials here."""
+
+    def __init__(
+        self,
+        study: SweepStudy,
+        order: Callable[[Suggestion], TrialOrder],
+        listener: Listener,
+    ):
+        super().__init__(metric="val_accuracy", mode="max")
+        self._study, self._order, self._listener = study, order, listener
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        suggestion = self._study.next()
+        if suggestion is None:
+            return Searcher.FINISHED
+        order = self._order(suggestion)
+        self._listener.trial_started(suggestion)
+        return {"order": order}
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        """Nothing: the scheduler hears of it with the trial in hand."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the study is on disk."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing, likewise."""
+
+
+class StudyScheduler(DriverOnly, FIFOScheduler):
+    """Tune reports here; the study's pruner says whether a trial goes on."""
+
+    def __init__(self, study: SweepStudy, listener: Listener):
+        super().__init__()
+        self._study, self._listener = study, listener
+        self._reasons: dict[int, str] = {}
+
+    def on_trial_result(
+        self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]
+    ) -> str:
+        number = _number(trial)
+        if "failure" in result:
+            self._reasons[number] = result["failure"]
+            return TrialScheduler.CONTINUE  # the trial raises at its next step
+        report: Report = pickle.loads(result.pop("report"))
+        prune = self._study.report(number, report.step, report.val_accuracy)
+        self._listener.trial_reported(number, report)
+        if prune and not report.done:
+            self._listener.trial_ended(self._study.prune(number))
+            return TrialScheduler.STOP
+        return TrialScheduler.CONTINUE
+
+    def on_trial_complete(
+        self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]
+    ) -> None:
+        number = _number(trial)
+        if "report" in result:  # the last one comes here instead of to on_trial_result
+            report: Report = pickle.loads(result.pop("report"))
+            self._study.report(number, report.step, report.val_accuracy)
+            self._listener.trial_reported(number, report)
+        if self._study.is_live(number):
+            self._listener.trial_ended(self._study.complete(number))
+
+    def on_trial_error(self, tune_controller: Any, trial: TuneTrial) -> None:
+        self._fail(trial)
+
+    def on_trial_remove(self, tune_controller: Any, trial: TuneTrial) -> None:
+        self._fail(trial)
+
+    def _fail(self, trial: TuneTrial) -> None:
+        number = _number(trial)
+        if self._study.is_live(number):
+            reason = self._reasons.get(number) or _last_line(trial)
+            self._listener.trial_ended(self._study.fail(number, reason))
+
+
+class Ticker(DriverOnly, Callback):
+    """Calls back after every turn of Tune's event loop."""
+
+    def __init__(self, tick: Callable[[], None]):
+        self._tick = tick
+
+    def on_step_end(self, iteration: int, trials: list[TuneTrial], **info: Any) -> None:
+        self._tick()
+
+
+def _number(trial: TuneTrial) -> int:
+    order: TrialOrder = trial.config["order"]
+    return order.number
+
+
+def _last_line(trial: TuneTrial) -> str:
+    """The end of what Tune wrote down about an error that was not ours."""
+    if trial.error_file and os.path.exists(trial.error_file):
+        with open(trial.error_file) as f:
+            lines = [line.strip() for line in f if line.strip()]
+        if lines:
+            return lines[-1]
+    return "its process was lost"

@@ -1,0 +1,142 @@
+"""What a sweep shows while it runs: plain lines, and on a terminal a live foot below them."""
+
+import time
+from collections.abc import Sequence
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.text import Text
+
+from ftd_ray.experts import SetProgress
+from ftd_ray.search import Ended, Suggestion
+from ftd_ray.trial import Report
+
+
+class Progress:
+    """Counts of experts and trials, the best so far, and when it may be over."""
+
+    def __init__(self, console: Console, trials: int, concurrency: int, names: dict[str, str]):
+        self._console, self._names = console, names
+        self._trials, self._concurrency = trials, concurrency
+        self._running: dict[int, tuple[float, int]] = {}
+        self._ended: list[Ended] = []
+        self._durations: list[float] = []
+        self._experts: dict[str, SetProgress] = {}
+        self._said_experts = (-1, -1)
+        self._live: Live | None = None
+
+    def __enter__(self) -> "Progress":
+        if self._console.is_terminal:
+            self._live = Live(
+                get_renderable=self._foot, console=self._console, refresh_per_second=2
+            )
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        self._console.print(Text(text), soft_wrap=True)
+
+    def already_ended(self, ended: Sequence[Ended]) -> None:
+        """Trials from before an interruption."""
+        self._ended += ended
+
+    def trial_started(self, suggestion: Suggestion) -> None:
+        self._running[suggestion.number] = (time.monotonic(), 0)
+        again = f" (repeat {suggestion.repeat}: another seed)" if suggestion.repeat else ""
+        self.say(f"trial {suggestion.number:3d}  {self._text(suggestion.params)}{again}")
+
+    def trial_reported(self, number: int, report: Report) -> None:
+        began, _ = self._running[number]
+        self._running[number] = (began, report.step)
+        last = report.curve[-1]
+        self.say(
+            f"trial {number:3d}  step {report.step:5d}  "
+            f"validation {100 * report.val_accuracy:5.1f} ± {100 * report.val_std:.1f} %  "
+            f"loss {last.loss:.3f}  eta {last.syn_lr:.4f}"
+        )
+
+    def trial_ended(self, ended: Ended) -> None:
+        began, _ = self._running.pop(ended.number, (time.monotonic(), 0))
+        self._durations.append(time.monotonic() - began)
+        self._ended.append(ended)
+        tail = f": {ended.reason}" if ended.reason else ""
+        score = "" if ended.value is None else f" at {100 * ended.value:.1f} %"
+        self.say(f"trial {ended.number:3d}  {ended.state}{score}{tail}")
+
+    def experts(self, sets: dict[str, SetProgress]) -> None:
+        """The broker's latest word; a line for each expert done, where there is no foot."""
+        self._experts = sets
+        now = self._expert_counts()
+        if now[:2] != self._said_experts:
+            self._said_experts = now[:2]
+            if now[1] and self._live is None:
+                self.say(self._expert_line())
+
+    # --- texts ------------------------------------------------------------------------------
+
+    def _expert_counts(self) -> tuple[int, int, int]:
+        done = sum(len(s.built | s.reused) for s in self._experts.values())
+        needed = sum(s.needed for s in self._experts.values())
+        running = sum(len(s.running) for s in self._experts.values())
+        return done, needed, running
+
+    def _expert_line(self) -> str:
+        done, needed, running = self._expert_counts()
+        seconds = [t for s in self._experts.values() for t in s.epoch_seconds[-50:]]
+        speed = f", {sum(seconds) / len(seconds):.2f} s an epoch" if seconds else ""
+        reused = sum(len(s.reused) for s in self._experts.values())
+        from_store = f", {reused} from the store" if reused else ""
+        training = f", {running} in training" if running else ""
+        return f"experts    {done}/{needed}{from_store}{training}{speed}"
+
+    def _foot(self) -> RenderableType:
+        counts = {s: sum(e.state == s for e in self._ended) for s in ("complete", "pruned")}
+        failed = len(self._ended) - sum(counts.values())
+        trials = (
+            f"trials     {len(self._ended)}/{self._trials}: {len(self._running)} running, "
+            f"{counts['complete']} complete, {counts['pruned']} pruned"
+            + (f", {failed} failed" if failed else "")
+            + self._eta()
+        )
+        done = [e for e in self._ended if e.state == "complete" and e.value is not None]
+        lines = [self._expert_line(), trials]
+        if done:
+            best = max(done, key=lambda e: e.value or 0.0)
+            lines.append(
+                f"best       {100 * (best.value or 0):.1f} % validation, trial {best.number}: "
+                f"{self._text(best.params)}"
+            )
+        return Group(*(Text(line, style="bold cyan") for line in ["", *lines]))
+
+    def _eta(self) -> str:
+        left = self._trials - len(self._ended)
+        if not self._durations or not left:
+            return ""
+        mean = sum(self._durations) / len(self._durations)
+        return f", about {duration(left * mean / max(1, self._concurrency))} to go"
+
+    def _text(self, params: dict[str, object]) -> str:
+        return describe_params(params, self._names)
+
+
+def describe_params(params: dict[str, object], names: dict[str, str]) -> str:
+    """``rho 0.01  syn_steps 20``."""
+    shown = (
+        f"{names.get(k, k)} {v:g}" if isinstance(v, float) else f"{names.get(k, k)} {v}"
+        for k, v in params.items()
+    )
+    return "  ".join(shown) or "(nothing varied)"
+
+
+def duration(seconds: float) -> str:
+    """45 s, 12 min, 3 h 20 min."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"

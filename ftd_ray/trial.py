@@ -1,0 +1,244 @@
+"""A trial: (configuration, store) -> reports. Thin over ``ftd.distill`` and ``ftd.evaluate``.
+
+Nothing here knows Ray: ``ftd_ray.workers`` runs these functions in actors.
+"""
+
+import io
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ftd import __version__
+from ftd.data import Dataset, DatasetConfig, load
+from ftd.distill import DistillConfig, DistillState, StepRecord, distill
+from ftd.evaluate import (
+    EvaluateConfig,
+    Protocol,
+    draw_real,
+    evaluate,
+    train_fresh,
+)
+from ftd.expert import Numerics, accuracy, network_for
+from ftd.seeds import derive_seed, generator
+from ftd.synthetic import SyntheticSet
+from ftd.trajectory import ExpertSet
+from ftd_ray.storage import join, read_bytes, remove_tree, write_bytes
+from ftd_ray.store import TrajectoryStore
+
+PREVIEW_PER_CLASS = 10
+"""Images of each class in the picture of a report."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialSpec:
+    """All that one trial depends on."""
+
+    number: int
+    seed: int
+    """Of the sweep."""
+    repeat: int
+    """Counts earlier trials at the same point: each repeat distils with another seed."""
+    dataset: DatasetConfig
+    network: str
+    identity: dict[str, Any]
+    """Of the expert set."""
+    experts: int
+    """How many experts of the set to use."""
+    distill: DistillConfig
+    evaluate: EvaluateConfig
+    numerics: Numerics
+    store_uri: str
+    folder: str
+    """Where the trial keeps its checkpoint and its result."""
+
+    @property
+    def distill_seed(self) -> int:
+        return derive_seed(self.seed, "distill", self.repeat)
+
+    @property
+    def checkpoint(self) -> str:
+        return join(self.folder, "checkpoint", "state.npz")
+
+    @property
+    def result(self) -> str:
+        return join(self.folder, "synthetic.npz")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What a trial tells at every evaluation."""
+
+    step: int
+    val_accuracy: float
+    """Mean over ``evaluate.search_networks`` fresh networks on validation images."""
+    val_std: float
+    curve: tuple[StepRecord, ...]
+    """Outer steps since the report before."""
+    seconds: float
+    """Since the report before, evaluation included."""
+    picture: bytes
+    """PNG of the set in pixel space."""
+    done: bool
+
+
+def run_trial(spec: TrialSpec) -> Iterator[Report]:
+    """Distils, yielding a report every ``evaluate.every`` steps; goes on from its checkpoint.
+
+    The last report has ``done`` set, and the synthetic set lies at ``spec.result`` by then.
+    Raises ftd.errors.Diverged.
+    """
+    device = spec.numerics.apply()
+    data = load(spec.dataset, device)
+    network = network_for(spec.network, data.description)
+    experts = TrajectoryStore(spec.store_uri).expert_set(spec.identity)
+    config, settings = spec.distill, spec.evaluate
+    short = Protocol.of(
+        settings, network=spec.network, augment=data.strategy, epochs=settings.search_epochs
+    )
+    curve: list[StepRecord] = []
+    began = time.monotonic()
+    for state, record in distill(
+        config,
+        data,
+        FirstExperts(experts, spec.experts),
+        spec.network,
+        epochs=config.max_start_epoch - 1 + config.expert_epochs,
+        seed=spec.distill_seed,
+        state=load_checkpoint(spec, device),
+    ):
+        curve.append(record)
+        done = record.step == config.iterations
+        if not done and record.step % settings.every:
+            continue
+        score = evaluate(
+            network,
+            state.ema_images,
+            state.label_targets,
+            record.syn_lr,
+            short,
+            data.val,
+            networks=range(settings.search_networks),
+            seed=derive_seed(spec.seed, "search"),
+        )
+        result = synthetic_set(spec, data, state)
+        if done:
+            write_bytes(spec.result, result.to_bytes())
+        else:
+            save_checkpoint(spec, state)
+        picture = io.BytesIO()
+        result.grid(cell=64, per_class=PREVIEW_PER_CLASS).save(picture, "PNG")
+        now = time.monotonic()
+        yield Report(
+            step=record.step,
+            val_accuracy=score.mean,
+            val_std=score.std,
+            curve=tuple(curve),
+            seconds=now - began,
+            picture=picture.getvalue(),
+            done=done,
+        )
+        began = now
+        curve = []
+
+
+def forget_checkpoint(folder: str) -> None:
+    """Removes the checkpoint below a trial's folder, once its end is on record."""
+    remove_tree(join(folder, "checkpoint"))
+
+
+class FirstExperts:
+    """The first ``experts`` experts of a set, whatever else the store holds of it."""
+
+    def __init__(self, experts: ExpertSet, count: int):
+        self._set, self.experts = experts, count
+
+    def segment(self, expert: int, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        return self._set.segment(expert, start, end)
+
+
+def synthetic_set(spec: TrialSpec, data: Dataset, state: DistillState) -> SyntheticSet:
+    """The set that a trial stands for at ``state``, with the protocol of the final evaluation."""
+    cpu = torch.device("cpu")
+    return SyntheticSet(
+        images=state.ema_images.to(cpu),
+        labels=state.label_targets.to(cpu),
+        syn_lr=state.syn_lr.item(),
+        normalisation=data.normalisation.to(cpu),
+        class_names=data.description.class_names,
+        protocol=Protocol.of(spec.evaluate, network=spec.network, augment=data.strategy),
+        provenance={
+            "ftd": __version__,
+            "trial": spec.number,
+            "experts": spec.identity,
+            "expert_count": spec.experts,
+            "distill": asdict(spec.distill),
+            "seed": spec.distill_seed,
+            "step": state.step,
+        },
+    )
+
+
+def save_checkpoint(spec: TrialSpec, state: DistillState) -> None:
+    """Keeps all that the trial goes on from."""
+    buffer = io.BytesIO()
+    np.savez(buffer, spec=np.array(_fingerprint(spec)), **state.arrays())  # type: ignore[arg-type]
+    write_bytes(spec.checkpoint, buffer.getvalue())
+
+
+def load_checkpoint(spec: TrialSpec, device: torch.device) -> DistillState | None:
+    """The state of this very trial, or None; one of another configuration does not count."""
+    kept = read_bytes(spec.checkpoint)
+    if kept is None:
+        return None
+    with np.load(io.BytesIO(kept), allow_pickle=False) as file:
+        if str(file["spec"]) != _fingerprint(spec):
+            return None
+        return DistillState.from_arrays({k: file[k] for k in file.files if k != "spec"}, device)
+
+
+def _fingerprint(spec: TrialSpec) -> str:
+    facts = [spec.distill_seed, spec.identity, spec.experts, asdict(spec.distill)]
+    return json.dumps(facts, sort_keys=True)
+
+
+# --- the end of a sweep ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinalSpec:
+    """Fresh networks for the end: on a distilled set, or on random real images."""
+
+    dataset: DatasetConfig
+    numerics: Numerics
+    seed: int
+    synthetic: bytes
+    """The file of the set; for the baseline its protocol and IPC count."""
+    baseline_lr: float | None = None
+    """Learning rate on random real images; None evaluates the distilled set."""
+
+
+def final_scores(spec: FinalSpec, networks: Sequence[int]) -> list[tuple[float, float]]:
+    """(validation, test) accuracy of each fresh network by the full protocol."""
+    device = spec.numerics.apply()
+    data = load(spec.dataset, device)
+    synthetic = SyntheticSet.load(io.BytesIO(spec.synthetic))
+    network = network_for(synthetic.protocol.network, data.description)
+    seed = derive_seed(spec.seed, "final")
+    scores = []
+    for i in networks:
+        if spec.baseline_lr is None:
+            images, labels = synthetic.images.to(device), synthetic.labels.to(device)
+            lr = synthetic.syn_lr
+        else:
+            ipc = len(synthetic.images) // len(synthetic.class_names)
+            picks = draw_real(data.train, ipc, generator(seed, "random_real", i))
+            images, labels = data.train.batch(picks), data.train.labels[picks]
+            lr = spec.baseline_lr
+        w = train_fresh(network, images, labels, lr, synthetic.protocol, seed=seed, index=i)
+        scores.append((accuracy(network, w, data.val), accuracy(network, w, data.test)))
+    return scores

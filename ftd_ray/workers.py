@@ -1,0 +1,139 @@
+"""The Ray shells of a trial: a light Tune trainable, and the actor that does its work.
+
+The trainable waits for experts holding no CPU or GPU; then it starts a worker outside its own
+placement group, in the resources of a trial, and hands Tune one report at a time. The worker dies
+with the trainable; a worker that dies alone is started again and goes on from its checkpoint.
+
+A trainable only passes things on, so they travel pickled and this module imports no torch: a
+waiting trial costs a tenth of the memory and starts at once.
+"""
+
+import pickle
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray import tune
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from ftd.errors import Diverged, UserError
+
+if TYPE_CHECKING:
+    from ftd_ray.trial import FinalSpec, Report
+
+WORKER_ATTEMPTS = 4
+"""Times that a trial's worker is started."""
+
+LIGHT_BYTES = 64 * 2**20
+"""Memory that a waiting trial books, in place of a CPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialOrder:
+    """What Tune is given for one trial."""
+
+    number: int
+    spec: bytes
+    """A pickled ``ftd_ray.trial.TrialSpec``."""
+    request: bytes
+    """A pickled ``ftd_ray.experts.ExpertRequest``."""
+    broker: Any
+    """The handle of ``ftd_ray.experts.Broker``."""
+    cpus: float
+    gpus: float
+
+
+class TrialWorker:
+    """Shell of ``run_trial``: one pickled report a call, and whether it was the last."""
+
+    def __init__(self, spec: bytes) -> None:
+        from ftd_ray.trial import run_trial
+
+        self._reports: Iterator[Report] = run_trial(pickle.loads(spec))
+
+    def report(self) -> tuple[bytes, bool]:
+        report = next(self._reports)
+        return pickle.dumps(report), report.done
+
+
+class SweepTrial(tune.Trainable):
+    """A trial as Tune sees it; ``config`` is {"order": TrialOrder}.
+
+    A report is the result {"report": pickled Report}. A trial that cannot go on says why in
+    {"failure": reason} and raises at the next step, so that Tune books it as an error.
+    """
+
+    def setup(self, config: dict[str, Any]) -> None:
+        self._order: TrialOrder = config["order"]
+        self._worker: Any = None
+        self._failure: str | None = None
+        self._ready = False
+
+    def step(self) -> dict[str, Any]:
+        if self._failure is not None:
+            raise RuntimeError(self._failure)
+        try:
+            if not self._ready:
+                ray.get(self._order.broker.ensure.remote(self._order.request))
+                self._ready = True
+            report, done = self._next_report()
+        except ray.exceptions.RayTaskError as error:
+            cause = error.cause if isinstance(error.cause, BaseException) else error
+            expected = isinstance(cause, Diverged | UserError)
+            reason = str(cause).strip().splitlines()[-1]
+            return self._fail(reason if expected else f"{type(cause).__name__}: {reason}")
+        except UserError as error:
+            return self._fail(str(error))
+        return {"report": report, "done": done}
+
+    def cleanup(self) -> None:
+        if self._worker is not None:
+            ray.kill(self._worker)
+            self._worker = None
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Nothing: the worker keeps its own checkpoints in the sweep's folder."""
+
+    def load_checkpoint(self, checkpoint: Any) -> None:
+        """Nothing, likewise."""
+
+    def _next_report(self) -> tuple[bytes, bool]:
+        for attempt in range(WORKER_ATTEMPTS):
+            if self._worker is None:
+                self._worker = (
+                    ray.remote(TrialWorker)
+                    .options(
+                        num_cpus=self._order.cpus,
+                        num_gpus=self._order.gpus,
+                        scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group=None),
+                    )
+                    .remote(self._order.spec)
+                )
+            try:
+                return ray.get(self._worker.report.remote())
+            except ray.exceptions.ActorError:
+                self._worker = None
+                if attempt == WORKER_ATTEMPTS - 1:
+                    raise UserError(
+                        f"its worker was lost {WORKER_ATTEMPTS} times. "
+                        "Does a trial need more memory than there is?"
+                    ) from None
+        raise AssertionError("not reached")
+
+    def _fail(self, reason: str) -> dict[str, Any]:
+        self._failure = reason
+        return {"failure": reason}
+
+
+def evaluate_finally(
+    specs: "list[FinalSpec]", networks: int, *, cpus: float, gpus: float, at_once: int
+) -> list[list[tuple[float, float]]]:
+    """(validation, test) accuracies of ``networks`` fresh networks for every spec, in parallel."""
+    from ftd_ray.trial import final_scores
+
+    task = ray.remote(final_scores).options(num_cpus=cpus, num_gpus=gpus, max_retries=3)
+    size = -(-networks // max(1, at_once))
+    shares = [range(i, min(i + size, networks)) for i in range(0, networks, size)]
+    pending = [[task.remote(spec, share) for share in shares] for spec in specs]
+    return [[score for part in ray.get(refs) for score in part] for refs in pending]

@@ -1,0 +1,42 @@
+"""What every test stands on: one thread, one cache apart from the user's, and the data at hand."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from ftd.data import Dataset, DatasetConfig, load
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """The number of threads changes bits; a test that sets another must not reach the next."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    if os.environ.get("FTD_CACHE"):
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FTD_CACHE", str(tmp_path_factory.mktemp("ftd-cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def digits(_cache: None) -> Dataset:
+    return load(DatasetConfig(name="digits"))
+
+
+@pytest.fixture(scope="session")
+def imagenette_root() -> Path:
+    """Real images, beside the repository where they are at hand; see the data sets in README."""
+    root = REPOSITORY.parent / "shared" / "data" / "imagenette-160"
+    if not any(root.glob("*.parquet")):
+        pytest.skip(f"no Imagenette Parquet files in {root}")
+    return root
