@@ -4,8 +4,6 @@ theta*_e -> ``Snapshot.params_P`` of epoch e = 0 ... E. Plain SGD on top of a sh
 gradient (``ftd.sharpness``); FTD's flat trajectories are those with rho > 0.
 """
 
-import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -21,6 +19,12 @@ from ftd.errors import Diverged, UserError
 from ftd.networks import ConvNetSpec, Network, build_network
 from ftd.seeds import derive_seed, generator
 from ftd.sharpness import SHARPNESS, sharp_grad
+from ftd.trajectory import set_key
+
+__all__ = [
+    "ExpertConfig", "Numerics", "Snapshot", "accuracy", "identity", "network_for", "set_key",
+    "sgd_step", "train_expert",
+]  # fmt: skip
 
 SCHEMA_VERSION = 1
 """Of what an expert is: raise it when the same configuration no longer gives the same expert."""
@@ -138,14 +142,8 @@ def identity(
         },
         "augment": strategy,
         "experts": experts,
-        "numerics": asdict(numerics) | {"precision": "float32", "torch": torch.__version__},
+        "numerics": asdict(numerics) | {"precision": "float32", "torch": str(torch.__version__)},
     }
-
-
-def set_key(identity: dict[str, Any]) -> str:
-    """The key of an expert set: a hash of its identity, 20 hexadecimal digits."""
-    text = json.dumps(identity, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
 @dataclass(frozen=True, eq=False)

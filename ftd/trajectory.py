@@ -10,6 +10,8 @@ One row and one row group an epoch, so that reading a segment touches two row gr
 visible once a manifest names it: a manifest is written last, in one put, and is never
 overwritten; an expert that trains on gets further parts and a further manifest. Part names carry
 their checksum, so two writers of the same bits write the same file and others cannot collide.
+
+Importing this module imports no torch, so that those who only look after files stay small.
 """
 
 import hashlib
@@ -19,16 +21,19 @@ import re
 import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from pyarrow import fs as pafs
 
 from ftd.errors import UserError
-from ftd.expert import Snapshot, set_key
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ftd.expert import Snapshot
 
 SCHEMA_VERSION = 1
 """Of the files. A reader refuses others by name."""
@@ -48,6 +53,12 @@ _SCHEMA = pa.schema(
         ("momentum", pa.large_binary()),  # of a part's last row only: what training resumes from
     ]
 )
+
+
+def set_key(identity: dict[str, Any]) -> str:
+    """The key of an expert set: a hash of its identity, 20 hexadecimal digits."""
+    text = json.dumps(identity, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
 class DamagedError(UserError):
@@ -188,8 +199,10 @@ class ExpertSet:
                 rows.append(tuple(row[c] for c in columns))
         return rows
 
-    def resume_point(self, expert: int) -> Snapshot | None:
+    def resume_point(self, expert: int) -> "Snapshot | None":
         """The last published snapshot with its optimiser state, to go on from."""
+        from ftd.expert import Snapshot
+
         manifest = self.manifest(expert)
         if manifest is None:
             return None
@@ -235,7 +248,7 @@ class ExpertSet:
             text = json.dumps({"identity": self.identity}, indent=1, sort_keys=True) + "\n"
             self._put(f"{self.path}/set.json", text.encode())
 
-    def append(self, expert: int, snapshots: Sequence[Snapshot]) -> Manifest:
+    def append(self, expert: int, snapshots: "Sequence[Snapshot]") -> Manifest:
         """Publishes further epochs of an expert; they must follow on those published."""
         before = self.manifest(expert)
         first, last = snapshots[0].epoch, snapshots[-1].epoch
@@ -322,7 +335,7 @@ def put(filesystem: pafs.FileSystem, path: str, data: bytes) -> None:
         raise
 
 
-def _encode(identity: dict[str, Any], expert: int, snapshots: Sequence[Snapshot]) -> bytes:
+def _encode(identity: dict[str, Any], expert: int, snapshots: "Sequence[Snapshot]") -> bytes:
     metadata = {
         "schema": SCHEMA_VERSION,
         "set": set_key(identity),
@@ -354,11 +367,13 @@ def _encode(identity: dict[str, Any], expert: int, snapshots: Sequence[Snapshot]
     return sink.getvalue()
 
 
-def _bytes(tensor: torch.Tensor) -> bytes:
+def _bytes(tensor: "Tensor") -> bytes:
     return tensor.numpy().astype("<f4", copy=False).tobytes()
 
 
-def _tensor(data: bytes) -> torch.Tensor:
+def _tensor(data: bytes) -> "Tensor":
+    import torch
+
     return torch.from_numpy(np.frombuffer(data, "<f4").copy())
 
 

@@ -7,7 +7,7 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from ftd_ray.experts import SetProgress
+from ftd_ray.broker import SetProgress
 from ftd_ray.search import Ended, Suggestion
 from ftd_ray.trial import Report
 

@@ -5,8 +5,7 @@ The layout of a set is ``ftd.trajectory``'s; this module finds sets and says wha
 
 from typing import Any
 
-from ftd.expert import set_key
-from ftd.trajectory import ExpertSet
+from ftd.trajectory import ExpertSet, set_key
 from ftd_ray.storage import join, open_uri
 
 

@@ -326,7 +326,8 @@ class Sweep:
 
     def _order(self, suggestion: Any) -> Any:
         """The work that a suggestion stands for."""
-        from ftd_ray.experts import ExpertRequest, broker
+        from ftd_ray.broker import ExpertOrder, broker
+        from ftd_ray.experts import ExpertRequest
         from ftd_ray.trial import TrialSpec
         from ftd_ray.workers import TrialOrder
 
@@ -353,13 +354,20 @@ class Sweep:
             dataset=config.dataset,
             experts=point.experts,
             numerics=r.expert_numerics,
+        )
+        order = ExpertOrder(
+            key=set_key(identity),
+            identity=identity,
+            count=point.experts.count,
+            epochs=point.experts.epochs,
+            work=pickle.dumps(request),
             cpus=r.cpus_per_expert,
             gpus=r.gpus_per_expert,
         )
         return TrialOrder(
             number=suggestion.number,
             spec=pickle.dumps(spec),
-            request=pickle.dumps(request),
+            experts=order,
             broker=broker(config.store.uri),
             cpus=r.cpus_per_trial,
             gpus=r.gpus_per_trial,
@@ -369,7 +377,7 @@ class Sweep:
         """Asks the broker how far the experts are, about once a second, without waiting."""
         import ray
 
-        from ftd_ray.experts import broker
+        from ftd_ray.broker import broker
 
         if self._pending_status is None:
             if not wait and time.monotonic() - self._polled < 1:

@@ -18,6 +18,7 @@ from ray import tune
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ftd.errors import Diverged, UserError
+from ftd_ray.broker import ExpertOrder
 
 if TYPE_CHECKING:
     from ftd_ray.trial import FinalSpec, Report
@@ -36,10 +37,9 @@ class TrialOrder:
     number: int
     spec: bytes
     """A pickled ``ftd_ray.trial.TrialSpec``."""
-    request: bytes
-    """A pickled ``ftd_ray.experts.ExpertRequest``."""
+    experts: ExpertOrder
     broker: Any
-    """The handle of ``ftd_ray.experts.Broker``."""
+    """The handle of ``ftd_ray.broker.Broker``."""
     cpus: float
     gpus: float
 
@@ -75,7 +75,7 @@ class SweepTrial(tune.Trainable):
             raise RuntimeError(self._failure)
         try:
             if not self._ready:
-                ray.get(self._order.broker.ensure.remote(self._order.request))
+                ray.get(self._order.broker.ensure.remote(self._order.experts))
                 self._ready = True
             report, done = self._next_report()
         except ray.exceptions.RayTaskError as error:
@@ -112,7 +112,7 @@ class SweepTrial(tune.Trainable):
                 )
             try:
                 return ray.get(self._worker.report.remote())
-            except ray.exceptions.ActorError:
+            except ray.exceptions.RayActorError:
                 self._worker = None
                 if attempt == WORKER_ATTEMPTS - 1:
                     raise UserError(

@@ -2,8 +2,9 @@
 
 import json
 import os
+import re
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -215,8 +216,10 @@ def test_statistics_are_taken_channel_by_channel_from_the_given_images() -> None
 def test_a_channel_without_variation_is_refused() -> None:
     images = np.random.default_rng(0).integers(0, 256, (20, 3, 2, 2), np.uint8)
     images[:, 2] = 7
-    with pytest.raises(UserError, match="channel 2 has the same value"):
+    with pytest.raises(UserError, match="channel 2 has the same value") as caught:
         fit_standard(images, np.arange(20))
+    keys = {f.name for f in fields(DatasetConfig)}
+    assert set(re.findall(r"dataset\.(\w+)", str(caught.value))) <= keys
 
 
 def naive_zca(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -307,7 +310,7 @@ def test_an_image_folder_with_its_own_test_part(tmp_path: Path, cache: Path, par
 def test_an_image_folder_without_a_test_part_is_split_by_class(tmp_path: Path, cache: Path) -> None:
     make_folder(tmp_path / "data", None, {"cat": 10, "dog": 20})
     data = load(folder_config(tmp_path / "data"))
-    assert data.description.sizes == (22, 2, 6)
+    assert data.description.sizes == (21, 3, 6)
     assert data.test.labels.bincount().tolist() == [2, 4]
     assert not set.intersection(*positions(data))
 
@@ -436,7 +439,6 @@ def test_real_imagenette_parquet_is_described_without_decoding(
     assert not (cache / "pixels").exists()
 
 
-@pytest.mark.heavy
 def test_real_imagenette_decodes_into_network_space(imagenette_root: Path, cache: Path) -> None:
     data = load(DatasetConfig(name="imagenette", root=str(imagenette_root), resolution=32))
     x = data.test.batch(torch.arange(1000))
