@@ -153,6 +153,8 @@ def run_evaluate(args: argparse.Namespace) -> int:
     """Evaluates a saved set by its own protocol, beside random real images."""
     numerics = Numerics.on(args.device, args.threads)
     device = _device(numerics)
+    if args.networks < 1:
+        raise UserError(f"--networks {args.networks} must be at least 1.")
     synthetic = SyntheticSet.load(args.file)
     data = load(_section(args, "dataset"), device)
     if synthetic.class_names != data.description.class_names:

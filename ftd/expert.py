@@ -65,6 +65,8 @@ class ExpertConfig:
             )
         if self.rho is None:
             object.__setattr__(self, "rho", 0.0 if self.sharpness == "none" else 0.01)
+        for key in ("lr", "momentum", "weight_decay", "rho", "sharpness_weight", "gsam_alpha"):
+            object.__setattr__(self, key, float(getattr(self, key)))  # 0 and 0.0 are one key
         at_least = {"count": 1, "epochs": 1, "batch_size": 1, "seed": 0}
         for key, least in at_least.items():
             if getattr(self, key) < least:

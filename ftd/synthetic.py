@@ -87,26 +87,28 @@ class SyntheticSet:
             with np.load(source, allow_pickle=False) as file:
                 header = json.loads(str(file["header"]))
                 arrays = {k: torch.from_numpy(file[k]) for k in file.files if k != "header"}
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise UserError(f"{source} is not a synthetic set ({error}).") from error
-        if header.get("format") != FORMAT or header.get("version") != FORMAT_VERSION:
-            raise UserError(
-                f"{source} is {header.get('format')!r} version {header.get('version')}; this "
-                f"program reads {FORMAT!r} version {FORMAT_VERSION}. Use the version that wrote it."
+            if header["format"] != FORMAT or header["version"] != FORMAT_VERSION:
+                raise UserError(
+                    f"{source} is {header['format']!r} version {header['version']}; this program "
+                    f"reads {FORMAT!r} version {FORMAT_VERSION}. Use the version that wrote it."
+                )
+            return cls(
+                images=arrays["images"],
+                labels=arrays["labels"],
+                syn_lr=header["syn_lr"],
+                normalisation=Normalisation(
+                    header["normalisation"],
+                    arrays["normalisation_mean"],
+                    arrays["normalisation_scale"],
+                ),
+                class_names=tuple(header["class_names"]),
+                protocol=Protocol(**header["protocol"]),
+                provenance=header["provenance"],
             )
-        return cls(
-            images=arrays["images"],
-            labels=arrays["labels"],
-            syn_lr=header["syn_lr"],
-            normalisation=Normalisation(
-                header["normalisation"],
-                arrays["normalisation_mean"],
-                arrays["normalisation_scale"],
-            ),
-            class_names=tuple(header["class_names"]),
-            protocol=Protocol(**header["protocol"]),
-            provenance=header["provenance"],
-        )
+        except UserError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+            raise UserError(f"{source} is not a synthetic set ({error}).") from error
 
     def grid(self, *, cell: int = 96, per_class: int = 10) -> Image.Image:
         """A picture of the set in pixel space: a column a class, a row an image of it."""
@@ -117,10 +119,13 @@ class SyntheticSet:
 
         PNG rounds and clips: train from the ``.npz`` for the accuracy that was measured.
         """
+        names = [name.replace("/", "_") for name in self.class_names]
+        if len(set(names)) < len(names):  # a/b and a_b
+            names = [f"{k:03d}_{name}" for k, name in enumerate(names)]
         counts: dict[int, int] = {}
         for pixels, k in zip(self.pixels(), self.hard_labels.tolist(), strict=True):
             number = counts[k] = counts.get(k, -1) + 1
-            path = Path(folder) / self.class_names[k].replace("/", "_")
+            path = Path(folder) / names[k]
             path.mkdir(parents=True, exist_ok=True)
             _image(pixels).save(path / f"{number:04d}.png")
         return sum(counts.values()) + len(counts)

@@ -100,8 +100,11 @@ class Manifest:
                     f"{SCHEMA_VERSION}. Use the version that wrote it, or another store."
                 )
             value["parts"] = tuple(Part(**p) for p in value["parts"])
+            ends = [-1, *(p.last for p in value["parts"])]
+            if [p.first - 1 for p in value["parts"]] != ends[:-1] or ends[-1] != value["epochs"]:
+                raise KeyError(f"its parts do not add up to {value['epochs']} epochs")
             return cls(**value)
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise DamagedError(f"{where} is not a manifest of an expert ({error!r}).") from error
 
     def part_of(self, epoch: int) -> Part:
@@ -251,9 +254,11 @@ class ExpertSet:
     def append(self, expert: int, snapshots: "Sequence[Snapshot]") -> Manifest:
         """Publishes further epochs of an expert; they must follow on those published."""
         before = self.manifest(expert)
+        if before is not None:  # what somebody published already stands: first published wins
+            snapshots = [s for s in snapshots if s.epoch > before.epochs]
+            if not snapshots:
+                return before
         first, last = snapshots[0].epoch, snapshots[-1].epoch
-        if before is not None and before.epochs >= last:
-            return before  # somebody published it already; first published wins
         expected = 0 if before is None else before.epochs + 1
         assert first == expected, f"epoch {first} follows on {expected - 1}"
         data = _encode(self.identity, expert, snapshots)
@@ -295,7 +300,10 @@ class ExpertSet:
                 while len(self._files) >= OPEN_FILES:
                     self._files.pop(next(iter(self._files))).close()
                 self._files[path] = file
-            return self._files[path].read_row_group(group, columns=columns)
+            table = self._files[path].read_row_group(group, columns=columns)
+            if table.schema.names != (columns or _SCHEMA.names):
+                raise ValueError(f"its columns are {', '.join(table.schema.names)}")
+            return table
         except (OSError, pa.ArrowException, KeyError, ValueError) as error:
             if isinstance(error, UserError):
                 raise
@@ -308,7 +316,7 @@ class ExpertSet:
         if self.fs.get_file_info(path).type != pafs.FileType.File:
             return None
         with self.fs.open_input_stream(path) as stream:
-            return stream.read().decode()
+            return stream.read().decode(errors="replace")  # damage shows when it is parsed
 
     def _put(self, path: str, data: bytes) -> None:
         put(self.fs, path, data)

@@ -35,7 +35,7 @@ def digits(_cache: None) -> Dataset:
 
 @pytest.fixture(scope="session")
 def imagenette_root() -> Path:
-    """Real images, beside the repository where they are at hand; see the data sets in README."""
+    """Real images in Parquet, beside the repository where they are at hand."""
     root = REPOSITORY.parent / "shared" / "data" / "imagenette-160"
     if not any(root.glob("*.parquet")):
         pytest.skip(f"no Imagenette Parquet files in {root}")

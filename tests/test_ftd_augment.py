@@ -111,10 +111,7 @@ def test_each_family_equals_its_naive_version(family: str, shape: tuple[int, ...
     for seed in range(3):
         images, draw = images_and_draw(family, shape, seed)
         expected = np.stack(
-            [
-                NAIVE[family](x, u)
-                for x, u in zip(images.numpy(), draw.values.tolist(), strict=True)
-            ]
+            [NAIVE[family](x, u) for x, u in zip(images.numpy(), draw.values.tolist(), strict=True)]
         )
         out = augment.apply(draw, images)
         assert out.shape == images.shape and out.dtype == images.dtype
@@ -185,7 +182,7 @@ def test_a_strategy_draws_only_its_own_families() -> None:
 def test_values_are_uniform_and_one_row_an_image() -> None:
     draw = augment.draw("color", 4000, torch.Generator().manual_seed(0))
     assert draw is not None and draw.values.shape == (4000, 3)
-    assert 0 <= draw.values.min() and draw.values.max() < 1
+    assert draw.values.min() >= 0 and draw.values.max() < 1
     assert torch.allclose(draw.values.mean(0), torch.tensor(0.5), atol=0.03)
     assert torch.allclose(draw.values.var(0), torch.tensor(1 / 12), atol=0.01)
 

@@ -38,7 +38,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cli")
     assert call(EXPERTS, "--threads", "1", "--out", folder / "experts") == 0
     assert (
-        call(DISTILL, "--threads", "1", "--experts", folder / "experts", "--out", folder / "set.npz")
+        call(
+            DISTILL, "--threads", "1", "--experts", folder / "experts", "--out", folder / "set.npz"
+        )
         == 0
     )
     return folder

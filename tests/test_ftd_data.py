@@ -3,7 +3,6 @@
 import json
 import os
 import re
-from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -491,7 +490,7 @@ def test_digits_are_not_flipped_by_custom_and_a_strategy_can_be_chosen(digits: D
 
 
 @pytest.fixture
-def openings(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+def openings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """How often images were decoded."""
     seen: list[str] = []
     real = dataset_module.decode_into
@@ -501,7 +500,7 @@ def openings(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         real(source, out)
 
     monkeypatch.setattr(dataset_module, "decode_into", counting)
-    yield seen
+    return seen
 
 
 def test_images_are_decoded_once(cache: Path, openings: list[str]) -> None:

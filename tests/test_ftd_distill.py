@@ -78,9 +78,7 @@ def run(
     seed: int = 0,
     state: DistillState | None = None,
 ) -> Steps:
-    return list(
-        distill(config, data, trajectories, NETWORK, epochs=EPOCHS, seed=seed, state=state)
-    )
+    return list(distill(config, data, trajectories, NETWORK, epochs=EPOCHS, seed=seed, state=state))
 
 
 def assert_same(a: DistillState, b: DistillState) -> None:

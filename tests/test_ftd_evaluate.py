@@ -140,9 +140,7 @@ def test_training_leaves_its_inputs_and_the_global_generator_alone(
 def test_an_evaluation_is_the_accuracy_of_the_final_epoch(
     digits: Dataset, network: Network, synthetic: tuple[Tensor, Tensor]
 ) -> None:
-    score = evaluate(
-        network, *synthetic, 0.05, PROTOCOL, digits.val, networks=range(2), seed=3
-    )
+    score = evaluate(network, *synthetic, 0.05, PROTOCOL, digits.val, networks=range(2), seed=3)
     expected = [
         accuracy(
             network,

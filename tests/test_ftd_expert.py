@@ -165,7 +165,8 @@ def test_accuracy_counts_right_answers_whatever_the_batch_size(digits: Dataset) 
     network = network_for(SMALL.network, digits.description)
     w = network.init(torch.Generator().manual_seed(0))
     images = digits.test.batch(torch.arange(len(digits.test)))
-    right = sum(int(z.argmax() == y) for z, y in zip(network(w, images), digits.test.labels))
+    guesses = [int(z.argmax()) for z in network(w, images)]
+    right = sum(g == y for g, y in zip(guesses, digits.test.labels.tolist(), strict=True))
     for batch_size in (1000, 7):
         assert accuracy(network, w, digits.test, batch_size) == right / len(digits.test)
 

@@ -41,3 +41,8 @@ def test_no_module_imports_the_sweep_even_later(name: str) -> None:
         elif isinstance(node, ast.ImportFrom):
             imported.add((node.module or "").partition(".")[0])
     assert not imported & FOREIGN
+
+
+def test_reading_trajectories_needs_no_torch() -> None:
+    code = "import sys, ftd.trajectory; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

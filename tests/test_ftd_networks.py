@@ -47,9 +47,7 @@ def test_the_fields_convnet_has_320010_parameters() -> None:
 def test_each_depth_has_the_parameters_of_its_formula(
     depth: int, resolution: int, features: int
 ) -> None:
-    network = build_network(
-        f"ConvNetD{depth}", channels=3, resolution=resolution, classes=10
-    )
+    network = build_network(f"ConvNetD{depth}", channels=3, resolution=resolution, classes=10)
     first, further = 3 * 9 * 128 + 128 + 256, 128 * 9 * 128 + 128 + 256
     assert network.size == first + (depth - 1) * further + features * 10 + 10
 

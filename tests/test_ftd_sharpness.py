@@ -52,9 +52,7 @@ def naive(sharpness: str, rho: float, alpha: float = 1.0, a: float = 0.0) -> lis
 @pytest.mark.parametrize("sharpness", ["sam", "asam"])
 @pytest.mark.parametrize("alpha", [1.0, 0.3, 2.0])
 def test_sam_and_asam_equal_their_formulas(sharpness: str, alpha: float) -> None:
-    _, g = sharp_grad(
-        loss_and_gradient, W, sharpness=sharpness, rho=RHO, sharpness_weight=alpha
-    )
+    _, g = sharp_grad(loss_and_gradient, W, sharpness=sharpness, rho=RHO, sharpness_weight=alpha)
     assert g.tolist() == pytest.approx(naive(sharpness, RHO, alpha=alpha), rel=1e-12)
 
 
@@ -67,8 +65,7 @@ def test_gsam_equals_its_formula_in_both_balls(sharpness: str, a: float) -> None
 
 def test_the_measures_differ_from_each_other() -> None:
     results = [
-        sharp_grad(loss_and_gradient, W, sharpness=s, rho=RHO, gsam_alpha=0.5)[1]
-        for s in SHARPNESS
+        sharp_grad(loss_and_gradient, W, sharpness=s, rho=RHO, gsam_alpha=0.5)[1] for s in SHARPNESS
     ]
     for i, first in enumerate(results):
         for second in results[i + 1 :]:
@@ -125,9 +122,7 @@ def test_asam_is_blind_to_a_rescaling_that_leaves_the_function_alone() -> None:
     """w -> A w with L unchanged has gradient g / A; the ascent must scale along, e -> A e."""
     g, scale = loss_and_gradient(W)[1], torch.tensor([2.0, 0.5, 10.0, 0.1], dtype=torch.float64)
     assert torch.allclose(asam_ascent(scale * W, g / scale, RHO), scale * asam_ascent(W, g, RHO))
-    assert not torch.allclose(
-        sam_ascent(scale * W, g / scale, RHO), scale * sam_ascent(W, g, RHO)
-    )
+    assert not torch.allclose(sam_ascent(scale * W, g / scale, RHO), scale * sam_ascent(W, g, RHO))
 
 
 @pytest.mark.parametrize("ascent", [sam_ascent, asam_ascent])

@@ -27,13 +27,17 @@ def cache_root() -> Path:
     return Path(base)
 
 
-def cached_json(key: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The JSON value kept under ``key``, computed and kept when it is not there."""
-    path = cache_root() / "index" / f"{key}.json"
+def cached_json(key: Callable[[], str], compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The JSON value kept under ``key()``, computed and kept when it is not there.
+
+    The key is asked for again after computing, which may have changed it: a download did.
+    """
+    folder = cache_root() / "index"
     try:
-        return json.loads(path.read_text())
+        return json.loads((folder / f"{key()}.json").read_text())
     except (OSError, ValueError):
         value = compute()
+    path = folder / f"{key()}.json"
     _make_dir(path.parent)
     handle, temporary = tempfile.mkstemp(dir=path.parent)
     with os.fdopen(handle, "w") as f:

@@ -193,9 +193,9 @@ def _facts(config: DatasetConfig) -> tuple[dict[str, Any], Source | None]:
 
     root = Path(config.root or ".")
     if not DATASETS[config.name].needs_root:
-        facts = cached_json(f"{config.name}-{version('scikit-learn')}", look)
+        facts = cached_json(lambda: f"{config.name}-{version('scikit-learn')}", look)
     elif root.is_dir():
-        facts = cached_json(_stamp(config, root), look)
+        facts = cached_json(lambda: _stamp(config, root), look)
     else:
         facts = look()  # says what is missing, or downloads it
     return facts, opened[0] if opened else None

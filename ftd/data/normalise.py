@@ -69,7 +69,7 @@ def fit_standard(images: np.ndarray, index: np.ndarray) -> Normalisation:
     if not std.all():
         raise UserError(
             f"dataset: channel {int(np.argmin(std))} has the same value in every training image, "
-            "so it cannot be normalised. Check the images, or set dataset.channels."
+            "so it cannot be normalised. Check the images."
         )
     return Normalisation("standard", _float(mean), _float(std))
 

@@ -66,7 +66,13 @@ def decode_into(source: Source, out: np.ndarray) -> None:
     _, channels, resolution, _ = out.shape
 
     def one(picture: Picture) -> np.ndarray:
-        return to_array(picture, channels, resolution)
+        try:
+            return to_array(picture, channels, resolution)
+        except (OSError, SyntaxError, ValueError) as error:  # PIL reads pixels on demand
+            where = getattr(picture, "info", {}).get("where", "an image of the data set")
+            raise UserError(
+                f"{where} is not an image that can be read ({error}). Remove or mend it."
+            ) from error
 
     pictures = source.pictures()
     position = 0
@@ -294,6 +300,11 @@ def open_parquet(
     if joined.min(initial=0) < 0:
         raise UserError(f"dataset.root={config.root}: a label is below 0. Labels count from 0.")
     names = names or tuple(str(i) for i in range(int(joined.max()) + 1))
+    if joined.max(initial=0) >= len(names):
+        raise UserError(
+            f"dataset.root={config.root}: a label is {joined.max()}, and the schema names "
+            f"{len(names)} classes. Labels count from 0."
+        )
     n_train = sum(len(x) for x in labels[: len(train_files)])
 
     def pictures() -> Iterator[Picture]:
@@ -335,7 +346,9 @@ def _huggingface_names(schema: Any) -> tuple[str, ...]:
 
 def _open_image(file: Path | io.BytesIO, where: str) -> Image.Image:
     try:
-        return Image.open(file)
+        image = Image.open(file)
+        image.info["where"] = where
+        return image
     except OSError as error:
         raise UserError(f"{where} is not an image that can be read. Remove or mend it.") from error
 

@@ -1,0 +1,41 @@
+# Every target sets itself up: .venv is made when it is missing or older than what it is made from.
+PYTHON ?= python3
+PORT ?= 5000
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: sweep test test-heavy lint bench ui docs clean
+
+sweep: $(READY)  ## search on the bundled digits, to the end; goes on if it was interrupted
+	$(BIN)/python -m ftd_ray.sweep sweeps/digits.yaml --resume $(ARGS)
+
+test: $(READY) lint  ## lint, types and every test that is not heavy
+	$(BIN)/python -m pytest -m "not heavy" $(ARGS)
+
+test-heavy: $(READY)  ## the tests that take minutes
+	$(BIN)/python -m pytest -m heavy --timeout 900 $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY)  ## measure; writes benchmarks/results.json and benchmarks/README.md
+	$(BIN)/python -m benchmarks $(ARGS)
+
+ui: $(READY)  ## MLflow on this machine
+	@echo "MLflow: http://127.0.0.1:$(PORT)  (end with Ctrl-C)"
+	$(BIN)/mlflow server --host 127.0.0.1 --port $(PORT) --backend-store-uri sqlite:///mlflow.db
+
+docs: $(READY)  ## rewrite docs/configuration.md from the code
+	$(BIN)/python docs/generate.py
+
+clean:  ## remove .venv and what tools left; runs, store and MLflow's data stay
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "make: $(PYTHON) is older than Python 3.11. Install a newer one, or say make PYTHON=python3.12." >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@

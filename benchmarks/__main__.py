@@ -1,0 +1,185 @@
+"""The matching step through one graph against the rematerialised one, side by side.
+
+Each figure is measured in a process of its own (peak memory is a property of a process), the two
+variants take turns, and the ratio is taken pair by pair, so that a machine whose speed drifts
+drifts for both. Both are checked to give the same gradients first.
+"""
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ftd import augment
+from ftd.distill import DistillConfig, draw_inner_steps
+from ftd.matching import GRADIENTS, Match, cross_entropy
+from ftd.networks import build_network
+from ftd.seeds import generator
+
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Case:
+    """A matching step on noise images of CIFAR's shape, 10 classes."""
+
+    name: str
+    network: str
+    ipc: int
+    syn_steps: int
+
+
+CASES = (
+    Case("IPC 1, N = 50", "ConvNetD3", 1, 50),
+    Case("IPC 10, N = 30", "ConvNetD3", 10, 30),
+)
+
+
+def step(case: Case, gradient: str) -> Match:
+    """One matching step of a case; the same for every call and every variant."""
+    network = build_network(case.network, channels=3, resolution=32, classes=10)
+    gen = generator(0, "bench", case.name)
+    n = 10 * case.ipc
+    images = torch.randn(n, 3, 32, 32, generator=gen)
+    labels = torch.arange(10).repeat_interleave(case.ipc)
+    start = network.init(gen)
+    target = start + 0.01 * torch.randn(network.size, generator=gen)
+    config = DistillConfig(ipc=case.ipc, syn_steps=case.syn_steps)
+    steps = draw_inner_steps(config, n, augment.FULL, gen, torch.device("cpu"))
+    return GRADIENTS[gradient](
+        cross_entropy(network), start, target, images, labels, torch.tensor(0.01), steps
+    )
+
+
+def measure(case: Case, gradient: str, threads: int) -> dict[str, float]:
+    """Seconds of a step after a short warm-up, and peak memory above the idle process (MiB)."""
+    torch.set_num_threads(threads)
+    step(Case("warm-up", case.network, 1, 2), gradient)
+    idle = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    began = time.perf_counter()
+    step(case, gradient)
+    seconds = time.perf_counter() - began
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"seconds": seconds, "mib": max(peak - idle, 1) / 1024}
+
+
+def in_a_process(case: Case, gradient: str, threads: int) -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks", "--measure", case.name, gradient]
+    command += ["--threads", str(threads)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=HERE.parent)
+    return json.loads(done.stdout)
+
+
+def relative_error(case: Case) -> float:
+    """Largest relative difference of the two variants' gradients, on fewer steps."""
+    small = Case(case.name, "ConvNetD3W16", case.ipc, min(case.syn_steps, 20))
+    a, b = step(small, "direct"), step(small, "rematerialised")
+    pairs = ((a.grad_images, b.grad_images), (a.grad_lr, b.grad_lr))
+    return max(float((x - y).norm() / x.norm()) for x, y in pairs)
+
+
+def run(repeats: int, threads: int) -> dict[str, Any]:
+    rows = []
+    for case in CASES:
+        error = relative_error(case)
+        assert error < 1e-4, f"{case.name}: the two variants differ by {error:g}"
+        runs: dict[str, list[dict[str, float]]] = {g: [] for g in GRADIENTS}
+        for _ in range(repeats):
+            for gradient in GRADIENTS:
+                runs[gradient].append(in_a_process(case, gradient, threads))
+        ratios = {
+            what: [r[what] / d[what] for r, d in zip(runs["rematerialised"], runs["direct"],
+                                                     strict=True)]
+            for what in ("seconds", "mib")
+        }  # fmt: skip
+        rows.append({"case": asdict(case), "relative_error": error, "runs": runs, "ratios": ratios})
+        print(f"{case.name}: time x {statistics.median(ratios['seconds']):.2f}, "
+              f"memory x {statistics.median(ratios['mib']):.3f}", flush=True)  # fmt: skip
+    return {
+        "machine": {
+            "processor": _processor(),
+            "threads": threads,
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "date": time.strftime("%Y-%m-%d"),
+        },
+        "matching": rows,
+    }
+
+
+def render(results: dict[str, Any]) -> str:
+    m = results["machine"]
+    lines = [
+        "# Benchmarks",
+        "",
+        "Written by `make bench`. Each figure is the median of the runs, with the smallest and the",
+        "largest; every run is a process of its own, and the two variants take turns.",
+        "",
+        f"{m['processor']}, {m['threads']} threads, Python {m['python']}, torch {m['torch']}, "
+        f"{m['date']}.",
+        "",
+        "## One matching step: direct unroll against rematerialised",
+        "",
+        "ConvNet D3, 32 x 32 x 3, 10 classes, float32, DSA on. Memory is the peak above the idle",
+        "process. Both give the same gradients; the relative difference is in the last column.",
+        "",
+        "| case | direct | rematerialised | time | memory | difference |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in results["matching"]:
+        cells = [row["case"]["name"]]
+        for g in ("direct", "rematerialised"):
+            seconds = _spread([r["seconds"] for r in row["runs"][g]], "{:.1f} s")
+            mib = _spread([r["mib"] for r in row["runs"][g]], "{:.0f} MiB")
+            cells.append(f"{seconds}, {mib}")
+        cells.append(_spread(row["ratios"]["seconds"], "x {:.2f}"))
+        cells.append(_spread(row["ratios"]["mib"], "x {:.3f}"))
+        cells.append(f"{row['relative_error']:.0e}")
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", "GPU figures: none yet."]
+    return "\n".join(lines) + "\n"
+
+
+def _spread(values: list[float], form: str) -> str:
+    median = form.format(statistics.median(values))
+    return f"{median} ({form.format(min(values))} … {form.format(max(values))})"
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        name, gradient = args.measure
+        case = next(c for c in CASES if c.name == name)
+        print(json.dumps(measure(case, gradient, args.threads)))
+        return
+    results = run(args.repeats, args.threads)
+    (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    (HERE / "README.md").write_text(render(results))
+    print(f"wrote {HERE / 'results.json'} and README.md")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""Writes docs/configuration.md from the configuration's own dataclasses and their docstrings."""
+
+import ast
+import inspect
+import sys
+import textwrap
+import typing
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+from ftd_ray.config import SEARCHED, SECTIONS
+
+TARGET = Path(__file__).with_name("configuration.md")
+
+HEAD = """\
+# Configuration
+
+Every key of a sweep, with its default. This page is written from the code by `make docs`.
+
+A sweep is a YAML file with the sections below, a `name` (it names the folder `runs/<name>` and the
+MLflow experiment) and a `seed` (default 0: search, distillation and evaluation; experts and splits
+have seeds of their own, so that new seeds reuse the experts).
+
+Any value can be given on the command line, where it is YAML too and replaces what stands in the
+file, a search dimension as well:
+
+    python -m ftd_ray.sweep FILE distill.ipc=10 'experts.rho={choice: [0.01, 0.02]}'
+
+## Search dimensions
+
+A value of `experts` or `distill` may be a dimension of the search instead of a literal:
+
+| written | means |
+|---|---|
+| `{choice: [a, b, c]}` | one of these; numbers are ordered, words are categories |
+| `{int: [low, high], step: s}` | whole numbers from low to high |
+| `{float: [low, high], log: true}` | any number between, on a logarithmic scale |
+| `{float: [low, high], log: true, levels: n}` | n values between, evenly spaced on that scale |
+
+Dimensions of `experts` must be discrete, so that trials share expert sets: one set is trained for
+each distinct combination. Every point of the space is checked before anything starts.
+"""
+
+TAIL = """\
+## What a trial's state is called
+
+| here, in `summary.json` | Optuna | Ray Tune | MLflow |
+|---|---|---|---|
+| complete | COMPLETE | TERMINATED | FINISHED, tag `ftd.state` = complete |
+| pruned | PRUNED | TERMINATED | FINISHED, tags `ftd.state` = pruned and `pruned` |
+| failed | FAIL, user attribute `reason` | ERROR | FAILED, tag `ftd.reason` |
+| interrupted, to be resumed | RUNNING | (gone) | KILLED until resumed |
+"""
+
+
+def field_docs(cls: type) -> dict[str, str]:
+    """The string that stands below each field of a dataclass."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    docs, name = {}, ""
+    for node in body.body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            name = node.target.id
+        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and name:
+            docs[name] = " ".join(str(node.value.value).split())
+            name = ""
+        else:
+            name = ""
+    return docs
+
+
+def render() -> str:
+    parts = [HEAD]
+    for section, cls in SECTIONS.items():
+        docs, hints = field_docs(cls), typing.get_type_hints(cls)
+        note = " Values may be search dimensions." if section in SEARCHED else ""
+        parts.append(f"## `{section}`\n\n{(cls.__doc__ or '').strip()}{note}\n")
+        rows = ["| key | default | meaning |", "|---|---|---|"]
+        for f in fields(cls):
+            meaning = docs.get(f.name, "")
+            if typing.get_origin(hints[f.name]) is typing.Literal:
+                choices = ", ".join(f"`{v}`" for v in typing.get_args(hints[f.name]))
+                meaning = f"One of {choices}. {meaning}".strip()
+            meaning = meaning.replace("``", "`").replace("<", "&lt;")
+            rows.append(f"| `{f.name}` | {_default(f.default)} | {meaning} |")
+        parts.append("\n".join(rows) + "\n")
+    parts.append(TAIL)
+    return "\n".join(parts)
+
+
+def _default(value: Any) -> str:
+    if value is MISSING:
+        return "(required)"
+    if value is None:
+        return "`null`"
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
+
+
+if __name__ == "__main__":
+    TARGET.write_text(render())
+    print(f"wrote {TARGET}", file=sys.stderr)
