@@ -68,6 +68,8 @@ class Progress:
         tail = f": {ended.reason}" if ended.reason else ""
         score = "" if ended.value is None else f" at {100 * ended.value:.1f} %"
         self.say(f"trial {ended.number:3d}  {ended.state}{score}{tail}")
+        if self._live is None:
+            self.say("; ".join(self._trial_lines()))
 
     def experts(self, sets: dict[str, SetProgress]) -> None:
         """The broker's latest word; a line for each expert done, where there is no foot."""
@@ -96,6 +98,10 @@ class Progress:
         return f"experts    {done}/{needed}{from_store}{training}{speed}"
 
     def _foot(self) -> RenderableType:
+        lines = [self._expert_line(), *self._trial_lines()]
+        return Group(*(Text(line, style="bold cyan") for line in ["", *lines]))
+
+    def _trial_lines(self) -> list[str]:
         counts = {s: sum(e.state == s for e in self._ended) for s in ("complete", "pruned")}
         failed = len(self._ended) - sum(counts.values())
         trials = (
@@ -105,14 +111,14 @@ class Progress:
             + self._eta()
         )
         done = [e for e in self._ended if e.state == "complete" and e.value is not None]
-        lines = [self._expert_line(), trials]
+        lines = [trials]
         if done:
             best = max(done, key=lambda e: e.value or 0.0)
             lines.append(
-                f"best       {100 * (best.value or 0):.1f} % validation, trial {best.number}: "
+                f"best so far {100 * (best.value or 0):.1f} %, trial {best.number}: "
                 f"{self._text(best.params)}"
             )
-        return Group(*(Text(line, style="bold cyan") for line in ["", *lines]))
+        return lines
 
     def _eta(self) -> str:
         left = self._trials - len(self._ended)

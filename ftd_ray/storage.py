@@ -1,6 +1,7 @@
 """A URI or a path as a ``pyarrow.fs`` filesystem and a path on it."""
 
 import os
+from pathlib import PurePath
 from urllib.parse import urlparse
 
 from pyarrow import fs as pafs
@@ -50,13 +51,22 @@ def join(uri: str, *parts: str) -> str:
 
 
 def probe(uri: str, what: str) -> None:
-    """Writes and removes a small file. Raises UserError when that is not possible."""
+    """Writes and removes a small file. Raises UserError when that is not possible.
+
+    Folders that this makes on the way are removed again.
+    """
     filesystem, path = open_uri(uri)
     name = f"{path}/.probe-{os.getpid()}"
+    made = []
+    if is_local(uri):
+        parents = [path, *(str(p) for p in PurePath(path).parents)]
+        made = [p for p in parents if not os.path.exists(p)]
     try:
         filesystem.create_dir(path, recursive=True)
         put(filesystem, name, b"")
         filesystem.delete_file(name)
+        for folder in made:
+            os.rmdir(folder)
     except OSError as error:
         raise UserError(
             f"{what}={uri} cannot be written ({error.strerror or error}). "

@@ -40,6 +40,9 @@ CHANGEABLE = ("search.trials", "search.concurrency", "resources", "tracking", "o
 
 BASELINE_LR = 0.01
 
+LOCAL_UI = "http://127.0.0.1:5000"
+"""Where `make ui` serves MLflow."""
+
 
 class Interrupted(BaseException):
     """A signal arrived; it carries the signal's number."""
@@ -92,7 +95,7 @@ def _main(args: argparse.Namespace, console: Console) -> int:
             return 0 if summary["state"] == "done" else 1
     probe(config.output_dir, "output.dir")
     probe(config.store.uri, "store.uri")
-    tracker = _tracker(config)
+    tracker = _tracker(config, dry_run=args.dry_run)
     here = machine_resources()
     missing = lacking(config, here) if address is None else []
     console.print(plan.text(missing), soft_wrap=True, markup=False)
@@ -432,6 +435,7 @@ class Sweep:
                 "tracking_uri": config.tracking.uri,
                 "experiment": config.experiment,
                 "parent_run_id": self.tracker.parent_id,
+                "trials_path": self.tracker.trials_path(),
             },
             "protocol": {
                 "selected_on": "validation images held out of train",
@@ -585,7 +589,8 @@ def _start_ray(address: str | None) -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
-def _tracker(config: SweepConfig) -> Any:
+def _tracker(config: SweepConfig, *, dry_run: bool) -> Any:
+    """The tracker, once its server has answered; a dry run makes no database."""
     from ftd_ray.tracking import Tracker
 
     artifacts = None
@@ -593,6 +598,9 @@ def _tracker(config: SweepConfig) -> Any:
     if config.tracking.uri.startswith(prefix):
         folder = os.path.dirname(config.tracking.uri.removeprefix(prefix)) or "."
         probe(folder, "tracking.uri")
+        if dry_run:
+            return None
+        os.makedirs(folder, exist_ok=True)
         artifacts = os.path.join(folder, "mlartifacts", config.experiment)
     return Tracker(config.tracking.uri, config.experiment, artifacts)
 
@@ -677,8 +685,10 @@ def _result_text(summary: dict[str, Any], config: SweepConfig) -> str:
             f"set         {best['artifact']}",
         ]
     mlflow = summary["mlflow"]
-    how = "make ui" if mlflow["tracking_uri"].startswith("sqlite") else mlflow["tracking_uri"]
-    lines.append(f"mlflow      {how} (experiment {mlflow['experiment']})")
+    if mlflow["tracking_uri"].startswith("http"):
+        lines.append(f"mlflow      {mlflow['tracking_uri']}{mlflow['trials_path']}")
+    else:
+        lines.append(f"mlflow      make ui, then {LOCAL_UI}{mlflow['trials_path']}")
     return "\n".join(lines)
 
 

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, urlencode
 
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
@@ -96,6 +97,20 @@ class Tracker:
                 self.parent_id, resume_logging=True, tracking_uri=self.uri
             )
             self._monitor.start()
+
+    def trials_path(self) -> str:
+        """Where a browser finds the sweep's trials as charts, below the server's address.
+
+        Sorted by a metric, since MLflow folds children into their parent otherwise.
+        """
+        query = {
+            "compareRunsMode": "CHART",
+            "searchFilter": f"tags.`ftd.kind` = 'trial' AND tags.`mlflow.parentRunId` = "
+            f"'{self.parent_id}'",
+            "orderByKey": "metrics.`val_accuracy`",
+            "orderByAsc": "false",
+        }
+        return f"/#/experiments/{self.experiment_id}/runs?{urlencode(query, quote_via=quote)}"
 
     def finish(self, status: str) -> None:
         """Ends the parent and whatever still runs below it: FINISHED, FAILED or KILLED."""
@@ -274,14 +289,6 @@ class Tracker:
             self._client.set_terminated(run.info.run_id, "KILLED")
 
 
-def parent_url(tracker: Tracker) -> str:
-    """Where a browser finds the sweep's trials, below the address of the server."""
-    return (
-        f"/#/experiments/{tracker.experiment_id}/runs"
-        "?searchFilter=" + "tags.%60ftd.kind%60%20%3D%20%27trial%27"
-    )
-
-
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     out: dict[str, Any] = {}
     for key, value in tree.items():
@@ -311,4 +318,4 @@ def tolerant(warn: Any) -> Iterator[None]:
         warn(f"MLflow does not answer ({_one_line(error)}); the sweep goes on without it.")
 
 
-__all__: Sequence[str] = ["Tracker", "parent_url", "tolerant"]
+__all__: Sequence[str] = ["Tracker", "tolerant"]

@@ -67,6 +67,26 @@ def tiny(**changes: Any) -> dict[str, Any]:
     return tree
 
 
+# Trials of three kinds: eta = 1e-9 trains nothing and is pruned against a good one, and a
+# learning rate of eta of 1e30 leaves the numbers. The grid's order by this seed is: complete,
+# failed, failed, complete, pruned.
+MIXED = tiny(
+    seed=17,
+    experts__lr=0.1,
+    distill__lr_img=10,
+    distill__lr_lr={"choice": [0.0, 1e30]},
+    distill__lr_init={"choice": [1e-9, 0.05]},
+    evaluate={"every": 2, "search_networks": 2, "search_epochs": 60, "networks": 2, "epochs": 60},
+    search={
+        "trials": 5,
+        "concurrency": 1,
+        "sampler": "grid",
+        "pruner": "asha",
+        "reduction_factor": 2,
+    },
+)
+
+
 def write_sweep(folder: Path, tree: dict[str, Any] | None = None) -> Path:
     """A sweep file in ``folder``, whose store, tracking and output will lie beside it."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -164,3 +184,10 @@ def mlflow_runs(folder: Path, experiment: str = "tiny") -> Sequence[Any]:
     client = MlflowClient(tracking_uri=f"sqlite:///{folder / 'mlflow.db'}")
     found = client.get_experiment_by_name(experiment)
     return [] if found is None else client.search_runs([found.experiment_id], max_results=1000)
+
+
+def parse_tiny(**changes: Any) -> Any:
+    """``tiny`` as a checked configuration."""
+    from ftd_ray.config import parse_config
+
+    return parse_config(tiny(**changes))

@@ -1,0 +1,616 @@
+"""The sweep file: what is taken, what is refused, and that a refusal names the key and the rule."""
+
+import math
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from ray_helpers import REPOSITORY, TINY, tiny
+
+from ftd.errors import UserError
+from ftd_ray.config import SECTIONS, SweepConfig, load_config, parse_config
+from ftd_ray.plan import make_plan
+from ftd_ray.space import parse_dimension
+
+SWEEPS = sorted((REPOSITORY / "sweeps").glob("*.yaml"))
+
+
+def refusal(tree: dict[str, Any]) -> str:
+    with pytest.raises(UserError) as caught:
+        parse_config(tree)
+    return str(caught.value)
+
+
+def load_text(folder: Path, text: str, *overrides: str) -> SweepConfig:
+    path = folder / "sweep.yaml"
+    path.write_text(text)
+    return load_config(path, overrides)
+
+
+# --- shipped files --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda p: p.name)
+def test_every_shipped_sweep_is_valid(path):
+    config = load_config(path)
+    assert config.space
+    assert config.search.trials >= 1
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda p: p.name)
+def test_every_shipped_sweep_fits_its_folder_name(path):
+    assert load_config(path).name == path.stem
+
+
+def test_digits_sweep_plans_three_expert_sets(tmp_path):
+    path = REPOSITORY / "sweeps" / "digits.yaml"
+    plan = make_plan(load_config(path, [f"store.uri={tmp_path}"]))
+    assert len(plan.sets) == 3
+    assert [s.present for s in plan.sets] == [0, 0, 0]
+
+
+# --- the space ------------------------------------------------------------------------------
+
+
+def test_choice_of_numbers_is_sorted_and_ordered():
+    d = parse_dimension("experts.rho", {"choice": [0.05, 0, 0.01]})
+    assert d.values == (0, 0.01, 0.05)
+    assert d.ordered and d.discrete
+
+
+def test_choice_of_words_keeps_its_order_and_has_none_for_the_sampler():
+    d = parse_dimension("experts.sharpness", {"choice": ["sam", "none", "asam"]})
+    assert d.values == ("sam", "none", "asam")
+    assert not d.ordered
+
+
+def test_int_range_includes_both_ends_and_walks_in_steps():
+    assert parse_dimension("a.b", {"int": [10, 50], "step": 20}).values == (10, 30, 50)
+    assert parse_dimension("a.b", {"int": [1, 3]}).values == (1, 2, 3)
+
+
+def test_log_levels_are_spaced_by_factors():
+    d = parse_dimension("a.b", {"float": [10, 1000], "log": True, "levels": 3})
+    assert d.values == (10.0, 100.0, 1000.0)
+
+
+def test_linear_levels_are_spaced_by_differences():
+    assert parse_dimension("a.b", {"float": [0, 1], "levels": 3}).values == (0.0, 0.5, 1.0)
+
+
+def test_float_without_levels_is_continuous():
+    d = parse_dimension("a.b", {"float": [1e-6, 1e-3], "log": True})
+    assert not d.discrete and d.ordered
+    assert d.bounds == (1e-6, 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("written", "rule"),
+    [
+        ({}, "exactly one of choice, int and float"),
+        ({"choices": [1, 2]}, "exactly one of choice, int and float"),
+        ({"choice": [1, 2], "int": [1, 2]}, "exactly one of choice, int and float"),
+        ({"choice": []}, "at least one value"),
+        ({"choice": 3}, "must be a list"),
+        ({"choice": [1, 1]}, "twice"),
+        ({"choice": [1, 1.0]}, "twice"),
+        ({"choice": [[1], [2]]}, "plain values"),
+        ({"choice": [1, 2], "step": 1}, "'step' is not an option of choice"),
+        ({"choice": list(range(10_001))}, "10001 values"),
+        ({"int": [1, 2, 3]}, "[low, high]"),
+        ({"int": [1.5, 2]}, "whole numbers"),
+        ({"int": [True, 2]}, "whole numbers"),
+        ({"int": [3, 1]}, "low to high"),
+        ({"int": [1, 3], "step": 0}, "step=0"),
+        ({"int": [1, 3], "step": True}, "step=True"),
+        ({"int": [1, 3], "log": True}, "'log' is not an option of int"),
+        ({"int": [0, 10**9]}, "over 10000 values"),
+        ({"float": [0.0, math.inf]}, "finite"),
+        ({"float": [0.0, math.nan]}, "finite"),
+        ({"float": ["1", "2"]}, "finite numbers"),
+        ({"float": [2, 1]}, "low to high"),
+        ({"float": [0, 1], "log": True}, "bounds above 0"),
+        ({"float": [1, 2], "log": 1}, "log=1"),
+        ({"float": [1, 2], "levels": 1}, "levels=1"),
+        ({"float": [1, 2], "levels": 2.0}, "levels=2.0"),
+        ({"float": [1, 2], "step": 0.1}, "'step' is not an option of float"),
+    ],
+)
+def test_refused_dimension_names_its_key_and_the_rule(written, rule):
+    with pytest.raises(UserError) as caught:
+        parse_dimension("distill.lr_img", written)
+    assert str(caught.value).startswith("distill.lr_img")
+    assert rule in str(caught.value)
+
+
+def test_number_too_large_for_a_float_is_a_user_error():
+    message = refusal(tiny(distill__lr_img={"choice": [1, 10**400]}))
+    assert "distill.lr_img" in message
+
+
+def test_dimension_of_one_value_is_refused():
+    assert "a dimension of one value" in refusal(tiny(experts__rho={"choice": [0.1]}))
+
+
+def test_continuous_dimension_of_experts_is_refused():
+    message = refusal(tiny(experts__rho={"float": [0.01, 0.1]}))
+    assert "experts.rho" in message and "discrete" in message
+
+
+def test_only_experts_and_distill_can_be_searched():
+    assert "evaluate.every cannot be searched" in refusal(tiny(evaluate__every={"choice": [1, 2]}))
+
+
+def test_every_value_of_a_dimension_is_checked_not_the_first_alone():
+    message = refusal(tiny(experts__rho={"choice": ["a", 0.01]}))
+    assert message.startswith("experts.rho='a'")
+    message = refusal(tiny(distill__ema_decay={"choice": [0.5, 1.5]}))
+    assert message.startswith("distill.ema_decay=1.5")
+
+
+def test_points_are_the_whole_product_of_a_discrete_space():
+    config = parse_config(tiny())
+    assert sorted(tuple(p.values()) for p in config.points()) == [
+        (0.0, 10), (0.0, 100), (0.01, 10), (0.01, 100),
+    ]  # fmt: skip
+
+
+def test_at_puts_a_point_in_the_place_of_its_dimensions():
+    config = parse_config(tiny())
+    point = config.at({"experts.rho": 0.01, "distill.lr_img": 100})
+    assert (point.experts.rho, point.distill.lr_img) == (0.01, 100)
+    assert point.experts.network == "ConvNetD1W8"
+
+
+def test_expert_points_differ_in_dimensions_of_experts_alone():
+    params = [p for p, _ in parse_config(tiny()).expert_points()]
+    assert params == [{"experts.rho": 0.0}, {"experts.rho": 0.01}]
+
+
+# --- strictness -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("section", "wrong", "right"),
+    [
+        ("", "expert", "experts"),
+        ("experts", "rhos", "rho"),
+        ("distill", "sin_steps", "syn_steps"),
+        ("dataset", "val_fractions", "val_fraction"),
+        ("search", "trails", "trials"),
+        ("evaluate", "evry", "every"),
+        ("resources", "gpu_per_trial", "gpus_per_trial"),
+        ("store", "url", "uri"),
+        ("tracking", "ury", "uri"),
+        ("output", "dirs", "dir"),
+    ],
+)
+def test_typo_in_a_key_is_refused_with_the_nearest_valid_key(section, wrong, right):
+    tree = tiny()
+    node = tree.setdefault(section, {}) if section else tree
+    node[wrong] = node.pop(right, 1)
+    message = refusal(tree)
+    prefix = f"{section}." if section else ""
+    assert f"{prefix}{wrong} is not a known key" in message
+    assert f"{prefix}{right}" in message
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("search.trials", "3"),
+        ("search.trials", 3.0),
+        ("search.trials", True),
+        ("search.trials", None),
+        ("search.sampler", "cmaes"),
+        ("search.pruner", 1),
+        ("search.grace", 0),
+        ("experts.lr", "0.1"),
+        ("experts.lr", False),
+        ("experts.lr", math.inf),
+        ("experts.lr", math.nan),
+        ("experts.rho", -0.01),
+        ("experts.count", 1.5),
+        ("experts.network", "ConvNet"),
+        ("experts.network", 3),
+        ("experts.sharpness", "sharp"),
+        ("distill.ipc", 0),
+        ("distill.ipc", [1]),
+        ("distill.ema_decay", 1.0),
+        ("distill.lr_lr", -1e-5),
+        ("distill.labels", "both"),
+        ("distill.init", True),
+        ("dataset.name", "digit"),
+        ("dataset.download", 1),
+        ("dataset.val_fraction", 0),
+        ("dataset.resolution", 0),
+        ("dataset.split_seed", -1),
+        ("dataset.augment", "colour"),
+        ("evaluate.every", 0),
+        ("evaluate.momentum", 1),
+        ("resources.cpus_per_trial", 0),
+        ("resources.gpus_per_trial", 1.5),
+        ("resources.gpus_per_expert", -1),
+        ("store.uri", 5),
+        ("tracking.uri", "./mlruns"),
+        ("output.dir", 7),
+        ("name", "two words"),
+        ("name", 5),
+        ("name", "../up"),
+        ("seed", -1),
+        ("seed", 1.0),
+        ("seed", True),
+    ],
+)
+def test_wrong_value_is_refused_on_one_line_that_names_the_key(path, value):
+    message = refusal(tiny(**{path.replace(".", "__"): value}))
+    assert path in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("key", ["dataset.name", "search.trials"])
+def test_missing_required_key_is_named(key):
+    section, _, name = key.partition(".")
+    tree = tiny()
+    del tree[section][name]
+    assert f"{key} is missing" in refusal(tree)
+
+
+def test_missing_name_is_refused():
+    tree = tiny()
+    del tree["name"]
+    assert "name=None" in refusal(tree)
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        (
+            {"experts__sharpness": "none", "experts__rho": 0.01},
+            ("experts.rho", "experts.sharpness"),
+        ),
+        ({"experts__gsam_alpha": 0.5}, ("experts.gsam_alpha", "experts.sharpness")),
+        ({"evaluate__every": 5}, ("evaluate.every", "distill.iterations")),
+        ({"search__grace": 2}, ("search.grace", "search.pruner")),
+        (
+            {"search__sampler": "grid", "distill__lr_img": {"float": [1, 2]}},
+            ("search.sampler", "distill.lr_img"),
+        ),
+        (
+            {
+                "search__sampler": "qmc",
+                "experts__sharpness": {"choice": ["sam", "asam"]},
+            },
+            ("search.sampler", "experts.sharpness"),
+        ),
+        (
+            {"distill__max_start_epoch": 4},
+            ("distill.max_start_epoch", "distill.expert_epochs", "experts.epochs"),
+        ),
+        (
+            {"distill__expert_epochs": {"int": [1, 2]}},
+            ("distill.max_start_epoch", "distill.expert_epochs", "experts.epochs"),
+        ),
+    ],
+)
+def test_impossible_combination_names_every_key_that_takes_part(changes, names):
+    message = refusal(tiny(**changes))
+    assert [n for n in names if n not in message] == []
+
+
+def test_trajectory_of_just_enough_epochs_is_taken():
+    parse_config(tiny(experts__epochs=4, distill__max_start_epoch=4))
+
+
+def test_impossible_point_far_into_a_large_space_is_found():
+    # 10 x 10 x 9 points, and only the last ones ask for an epoch too many.
+    tree = tiny(
+        experts__epochs=9,
+        distill__max_start_epoch={"int": [1, 9]},
+        distill__expert_epochs={"choice": [1, 2]},
+        distill__lr_img={"float": [1, 10], "levels": 10},
+        distill__lr_init={"float": [0.01, 0.1], "levels": 10},
+    )
+    assert "needs 10 epochs; experts have 9" in refusal(tree)
+
+
+def test_images_per_class_above_what_there_is_are_refused(tmp_path):
+    config = parse_config(tiny(distill__ipc=1000, store__uri=str(tmp_path)))
+    with pytest.raises(UserError, match=r"distill\.ipc=1000 is above the \d+ training images"):
+        make_plan(config)
+
+
+def test_ipc_is_checked_at_every_point(tmp_path):
+    config = parse_config(tiny(distill__ipc={"choice": [1, 1000]}, store__uri=str(tmp_path)))
+    with pytest.raises(UserError, match=r"distill\.ipc=1000"):
+        make_plan(config)
+
+
+def test_network_too_deep_for_the_images_is_refused_by_its_key(tmp_path):
+    config = parse_config(tiny(experts__network="ConvNetD5W8", store__uri=str(tmp_path)))
+    with pytest.raises(UserError, match=r"ConvNetD5"):
+        make_plan(config)
+
+
+def test_missing_data_says_what_was_looked_for_and_where(tmp_path):
+    tree = tiny(dataset={"name": "cifar10", "root": str(tmp_path / "nowhere")})
+    with pytest.raises(UserError) as caught:
+        make_plan(parse_config(tree))
+    assert "nowhere" in str(caught.value)
+
+
+def test_network_of_absurd_width_is_refused():
+    assert "network" in refusal(tiny(experts__network="ConvNetD1W" + "9" * 5000))
+
+
+def test_rho_zero_and_no_sharpness_are_one_expert_set(tmp_path):
+    tree = tiny(
+        experts__sharpness={"choice": ["sam", "asam"]},
+        experts__rho={"choice": [0.0, 0.01]},
+        store__uri=str(tmp_path),
+    )
+    assert len(make_plan(parse_config(tree)).sets) == 3
+
+
+def test_set_wanted_with_two_counts_is_planned_once_with_the_larger(tmp_path):
+    tree = tiny(experts__rho=0.01, experts__count={"int": [2, 5]}, store__uri=str(tmp_path))
+    (one,) = make_plan(parse_config(tree)).sets
+    assert one.experts.count == 5
+
+
+# --- YAML and overrides ---------------------------------------------------------------------
+
+TEXT = yaml.safe_dump(TINY, sort_keys=False)
+
+
+@pytest.mark.parametrize("text", ["1e-5", "1E-5", "1.e-5", "1.0e-5", "+1e-5", ".1e-4", "0.00001"])
+def test_exponents_are_numbers_with_and_without_a_point(tmp_path, text):
+    config = load_text(tmp_path, TEXT, f"distill.lr_lr={text}")
+    assert config.distill.lr_lr == 1e-5
+
+
+@pytest.mark.parametrize("text", ["'1e-5'", "1e", "e5", "1e-5x"])
+def test_what_only_looks_like_a_number_is_refused(tmp_path, text):
+    with pytest.raises(UserError, match=r"distill\.lr_lr"):
+        load_text(tmp_path, TEXT, f"distill.lr_lr={text}")
+
+
+def test_override_replaces_a_dimension_by_a_literal(tmp_path):
+    config = load_text(tmp_path, TEXT, "experts.rho=0.02")
+    assert [d.key for d in config.space] == ["distill.lr_img"]
+    assert config.experts.rho == 0.02
+
+
+def test_override_replaces_a_literal_by_a_dimension(tmp_path):
+    config = load_text(tmp_path, TEXT, "distill.syn_steps={int: [1, 3]}")
+    assert "distill.syn_steps" in [d.key for d in config.space]
+
+
+def test_override_replaces_a_dimension_by_another_whole(tmp_path):
+    config = load_text(tmp_path, TEXT, "experts.rho={float: [0.01, 0.04], levels: 2}")
+    assert next(d for d in config.space if d.key == "experts.rho").values == (0.01, 0.04)
+
+
+def test_override_reaches_into_a_dimension(tmp_path):
+    config = load_text(tmp_path, TEXT, "experts.rho.choice=[0.1, 0.2]")
+    assert next(d for d in config.space if d.key == "experts.rho").values == (0.1, 0.2)
+
+
+def test_override_adds_a_section(tmp_path):
+    assert load_text(tmp_path, TEXT, "output.dir=/elsewhere").output_dir == "/elsewhere"
+
+
+def test_later_override_wins(tmp_path):
+    assert load_text(tmp_path, TEXT, "seed=1", "seed=2").seed == 2
+
+
+def test_override_may_hold_an_equals_sign_in_its_value(tmp_path):
+    config = load_text(tmp_path, TEXT, "store.uri=s3://bucket/a?b=c")
+    assert config.store.uri == "s3://bucket/a?b=c"
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["seed", "=3", "name.sub=3", "experts.rho.choice.deep=1", "experts.rho={", "experts..rho=1"],
+)
+def test_what_is_no_override_is_refused_by_name(tmp_path, override):
+    with pytest.raises(UserError) as caught:
+        load_text(tmp_path, TEXT, override)
+    assert "\n" not in str(caught.value)
+
+
+def test_override_with_a_typo_is_refused_with_file_and_key(tmp_path):
+    with pytest.raises(UserError) as caught:
+        load_text(tmp_path, TEXT, "experts.rh=0.1")
+    assert "experts.rh is not a known key. Did you mean experts.rho?" in str(caught.value)
+    assert "sweep.yaml" in str(caught.value)
+
+
+def test_duplicate_key_is_refused_by_name_and_line(tmp_path):
+    with pytest.raises(UserError, match=r"the key seed stands twice, line"):
+        load_text(tmp_path, TEXT + "seed: 3\n")
+    with pytest.raises(UserError, match=r"the key choice stands twice"):
+        load_text(tmp_path, TEXT, "experts.rho={choice: [1, 2], choice: [1]}")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "[]", "3", "a: [", "a: b: c", "\tx: 1", "? [a, b]\n: 1", "1: 2", "a: !!python/none",
+        "a: &x [*x]", "&a {b: *a}", "<<: {name: x}", "? !!set {a, b}\n: 1", "\x00",
+    ],
+)  # fmt: skip
+def test_what_is_no_sweep_is_a_user_error(tmp_path, text):
+    with pytest.raises(UserError):
+        load_text(tmp_path, text)
+
+
+def test_file_that_is_no_text_is_a_user_error(tmp_path):
+    (tmp_path / "x.yaml").write_bytes(b"\xff\xfe\x00\x81")
+    with pytest.raises(UserError, match=r"x\.yaml"):
+        load_config(tmp_path / "x.yaml")
+
+
+@pytest.mark.parametrize("name", ["missing.yaml", "."])
+def test_file_that_cannot_be_read_is_named(tmp_path, name):
+    with pytest.raises(UserError, match="cannot be read"):
+        load_config(tmp_path / name)
+
+
+# --- what comes of it -----------------------------------------------------------------------
+
+
+def test_local_places_become_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = parse_config(tiny())
+    assert config.output_dir == str(tmp_path / "runs" / "tiny")
+    assert config.store.uri == str(tmp_path / "store")
+    assert config.tracking.uri == f"sqlite:///{tmp_path / 'mlflow.db'}"
+
+
+def test_file_uris_are_paths(tmp_path):
+    config = parse_config(tiny(store={"uri": f"file://{tmp_path}/s"}))
+    assert config.store.uri == f"{tmp_path}/s"
+
+
+def test_object_store_uris_stay_as_they_are():
+    config = parse_config(tiny(store={"uri": "s3://b/x"}, output={"dir": "gs://b/y"}))
+    assert (config.store.uri, config.output_dir) == ("s3://b/x", "gs://b/y")
+
+
+ROUND_TRIPS = [
+    {},
+    {"experts__sharpness": {"choice": ["none", "sam"]}, "experts__rho": 0.0},
+    {"experts__sharpness": "none", "experts__rho": 0.0},
+    {"distill__lr_img": {"float": [1e-5, 1e3], "log": True}},
+    {"distill__syn_steps": {"int": [1, 9], "step": 4}},
+    {"search__grace": 2, "search__pruner": "asha"},
+    {"distill__batch_syn": None},
+    {"store": {"uri": "s3://b/x"}},
+]
+
+
+@pytest.mark.parametrize("changes", ROUND_TRIPS)
+def test_resolved_configuration_round_trips(changes):
+    config = parse_config(tiny(**changes))
+    resolved = config.resolved()
+    again = parse_config(yaml.safe_load(yaml.safe_dump(resolved)))
+    assert again.resolved() == resolved
+    assert again.space == config.space
+    for params in config.points():
+        assert again.at(params) == config.at(params)
+
+
+def test_resolved_configuration_of_a_searched_sharpness_without_rho_round_trips():
+    tree = tiny(experts__sharpness={"choice": ["none", "sam"]})
+    del tree["experts"]["rho"]
+    config = parse_config(tree)
+    again = parse_config(config.resolved())
+    assert [c for _, c in again.expert_points()] == [c for _, c in config.expert_points()]
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda p: p.name)
+def test_resolved_shipped_sweep_round_trips(path):
+    resolved = load_config(path).resolved()
+    assert parse_config(yaml.safe_load(yaml.safe_dump(resolved))).resolved() == resolved
+
+
+def test_resolved_configuration_states_every_key_with_its_default():
+    resolved = parse_config(tiny()).resolved()
+    assert set(resolved) == {"name", "seed", *SECTIONS}
+    assert resolved["distill"]["momentum"] == 0.5
+    assert resolved["experts"]["rho"] == {"choice": [0.0, 0.01]}
+
+
+# --- anything else --------------------------------------------------------------------------
+
+FULL = parse_config(TINY).resolved()
+KEYS = [(s, k) for s in SECTIONS for k in FULL[s]]
+
+ATOMS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.integers(min_value=-3, max_value=60),
+    st.sampled_from([10**30, 10**400, -(10**400), 2**63, 1e300]),
+    st.floats(),
+    st.floats(min_value=0, max_value=1),
+    st.text(max_size=8),
+    st.sampled_from(["sam", "none", "tpe", "grid", "ConvNetD2W8", "digits", "soft", "asha"]),
+    st.dates(),
+    st.binary(max_size=3),
+)
+VALUES = st.one_of(
+    ATOMS,
+    st.lists(ATOMS, max_size=3),
+    st.dictionaries(
+        st.sampled_from(["choice", "int", "float", "step", "log", "levels", "x"]),
+        st.one_of(ATOMS, st.lists(ATOMS, max_size=4)),
+        max_size=3,
+    ),
+)
+
+
+def assert_valid_or_named(tree: dict[str, Any], keys: list[str]) -> None:
+    """A tree is taken and round-trips, or is refused on one line that names one of ``keys``."""
+    try:
+        resolved, message = parse_config(tree).resolved(), None
+    except UserError as error:
+        resolved, message = None, str(error)
+    if message is None:
+        assert resolved is not None
+        assert parse_config(resolved).resolved() == resolved
+    else:
+        assert any(str(key) in message for key in keys), message
+        assert "\n" not in message
+
+
+@settings(max_examples=400, deadline=None)
+@given(key=st.sampled_from(KEYS), value=VALUES)
+@example(key=("experts", "rho"), value={"choice": [0, 10**400]})
+@example(key=("distill", "lr_img"), value={"float": [1, 10**400]})
+@example(key=("distill", "lr_img"), value=10**400)
+@example(key=("resources", "cpus_per_trial"), value=1e300)
+@example(key=("resources", "gpus_per_trial"), value=1e300)
+@example(key=("store", "uri"), value="s3://[")
+@example(key=("store", "uri"), value="file://\x00")
+@example(key=("output", "dir"), value="")
+@example(key=("tracking", "uri"), value="sqlite:///")
+def test_one_changed_value_is_valid_or_a_user_error_that_names_its_key(key, value):
+    section, name = key
+    tree = {s: dict(v) if isinstance(v, dict) else v for s, v in FULL.items()}
+    tree[section][name] = value
+    assert_valid_or_named(tree, [name])
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    section=st.sampled_from([*SECTIONS, "name", "seed"]),
+    value=st.one_of(VALUES, st.dictionaries(st.text(max_size=6), ATOMS, max_size=2)),
+)
+def test_one_changed_section_is_valid_or_a_user_error_that_names_it(section, value):
+    keys = [section, *(value if isinstance(value, dict) else ())]
+    assert_valid_or_named({**FULL, section: value}, keys)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(max_size=60))
+@example("a: 2020-13-45")
+@example("a: !!int x")
+@example("a: !!timestamp x")
+@example("a: !!binary x")
+@example("? {}\n: 1")
+def test_any_text_after_a_key_is_valid_or_a_user_error(text):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "sweep.yaml"
+        path.write_text(TEXT)
+        message = None
+        try:
+            load_config(path, [f"distill.lr_img={text}"])
+        except UserError as error:
+            message = str(error)
+        assert message is None or "distill." in message
