@@ -4,6 +4,7 @@ Flags carry the names of the configuration keys, as in ``--experts.rho 0.01``.
 """
 
 import argparse
+import os
 import sys
 import types
 import typing
@@ -200,6 +201,9 @@ def run_export(args: argparse.Namespace) -> int:
         raise UserError("nothing to write. Give --picture FILE.png or --folder DIR, or both.")
     synthetic = SyntheticSet.load(args.file)
     if args.picture:
+        _writable(args.picture)
+        if Path(args.picture).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp", ".bmp"):
+            raise UserError(f"--picture {args.picture} is no picture file. End it in .png.")
         synthetic.grid().save(args.picture)
         print(f"wrote {args.picture}")
     if args.folder:
@@ -299,6 +303,10 @@ def _writable(path: str) -> None:
     folder = Path(path).resolve().parent
     if not folder.is_dir():
         raise UserError(f"the folder {folder} for {path} does not exist. Make it first.")
+    if Path(path).is_dir():
+        raise UserError(f"{path} is a folder. Name a file in it, such as {path}/set.npz.")
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"the folder {folder} cannot be written. Choose another.")
 
 
 def _local() -> pafs.FileSystem:

@@ -56,8 +56,8 @@ class DistillConfig:
     """Images of a student step; None for all of them."""
     labels: str = "hard"
     """hard: class indices. soft: learned, starting from the experts' mean prediction."""
-    lr_label: float = 1.0
-    """Learning rate of soft label logits."""
+    lr_label: float | None = None
+    """Learning rate of soft label logits; None for 1."""
     init: str = "real"
     """real: random training images. noise: standard normal in network space."""
     gradient: str = "rematerialised"
@@ -67,7 +67,14 @@ class DistillConfig:
         for key in ("ipc", "syn_steps", "expert_epochs", "max_start_epoch", "iterations"):
             if getattr(self, key) < 1:
                 raise UserError(f"distill.{key}={getattr(self, key)} must be at least 1.")
+        if self.lr_label is not None and self.labels == "hard":
+            raise UserError(
+                f"distill.lr_label={self.lr_label} has no effect with distill.labels=hard. "
+                "Leave it out, or take labels: soft."
+            )
         for key in ("lr_img", "lr_init", "lr_label"):
+            if getattr(self, key) is None:
+                continue
             if not 0 < getattr(self, key) < float("inf"):
                 raise UserError(f"distill.{key}={getattr(self, key)} must be above 0, and finite.")
         if not 0 <= self.lr_lr < float("inf"):
@@ -311,7 +318,7 @@ def _descend(config: DistillConfig, state: DistillState, step: int, result: Matc
             state.labels,
             result.grad_labels,
             state.label_velocity,
-            lr=config.lr_label,
+            lr=config.lr_label or 1.0,
             momentum=config.momentum,
         )
         ema_labels = ema(state.ema_labels, labels, config.ema_decay)

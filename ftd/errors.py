@@ -6,4 +6,4 @@ class UserError(ValueError):
 
 
 class Diverged(ArithmeticError):
-    """A distillation cannot go on: its learning rate left (0, inf) or its loss is not finite."""
+    """A training cannot go on: a loss is not finite, or a learning rate left (0, inf)."""

@@ -120,7 +120,9 @@ class Numerics:
         """Sets this process up accordingly."""
         if self.device == "cpu":
             torch.set_num_threads(self.threads)
-        else:
+        else:  # float32 means float32: TF32 keeps 10 bits, and second derivatives need more
+            torch.backends.cudnn.allow_tf32 = False
+            torch.backends.cuda.matmul.allow_tf32 = False
             torch.backends.cudnn.deterministic = True
             torch.backends.cudnn.benchmark = False
         return torch.device(self.device)
@@ -134,6 +136,8 @@ def identity(
     experts = {k: v for k, v in asdict(config).items() if k in shaped}
     if config.radius == 0:  # plain SGD by whatever name
         experts |= {"sharpness": "none", "rho": 0.0, "sharpness_weight": 1.0, "gsam_alpha": 0.0}
+    elif config.sharpness.startswith("gsam") and config.gsam_alpha == 0:
+        experts["sharpness"] = "sam" if config.sharpness == "gsam" else "asam"
     return {
         "schema": SCHEMA_VERSION,
         "data": {

@@ -14,9 +14,11 @@ their checksum, so two writers of the same bits write the same file and others c
 Importing this module imports no torch, so that those who only look after files stay small.
 """
 
+import contextlib
 import hashlib
 import io
 import json
+import os
 import re
 import uuid
 from collections.abc import Sequence
@@ -255,9 +257,17 @@ class ExpertSet:
         """Publishes further epochs of an expert; they must follow on those published."""
         before = self.manifest(expert)
         if before is not None:  # what somebody published already stands: first published wins
+            there = [s for s in snapshots if s.epoch <= before.epochs]
             snapshots = [s for s in snapshots if s.epoch > before.epochs]
             if not snapshots:
                 return before
+            if there and self.params(expert, there[-1].epoch).tobytes() != _bytes(
+                there[-1].params_P
+            ):
+                raise UserError(
+                    f"expert {expert} of {self.path} was published by another writer with other "
+                    "bits, so its trajectory cannot be continued by this one. Train it again."
+                )
         first, last = snapshots[0].epoch, snapshots[-1].epoch
         expected = 0 if before is None else before.epochs + 1
         assert first == expected, f"epoch {first} follows on {expected - 1}"
@@ -277,7 +287,8 @@ class ExpertSet:
         folder = f"{self.path}/expert-{expert:04d}"
         self.fs.create_dir(folder, recursive=True)
         self._put(f"{folder}/{part.file}", data)
-        self._put(f"{folder}/manifest-{last:05d}.json", manifest.to_json().encode())
+        name = f"{folder}/manifest-{last:05d}.json"
+        self._put(name, manifest.to_json().encode(), once=True)
         return manifest
 
     # --- files ------------------------------------------------------------------------------
@@ -318,12 +329,17 @@ class ExpertSet:
         with self.fs.open_input_stream(path) as stream:
             return stream.read().decode(errors="replace")  # damage shows when it is parsed
 
-    def _put(self, path: str, data: bytes) -> None:
-        put(self.fs, path, data)
+    def _put(self, path: str, data: bytes, *, once: bool = False) -> None:
+        put(self.fs, path, data, once=once)
 
 
-def put(filesystem: pafs.FileSystem, path: str, data: bytes) -> None:
-    """Writes a whole file at once: nobody sees half of it, and a failure leaves nothing."""
+def put(filesystem: pafs.FileSystem, path: str, data: bytes, *, once: bool = False) -> None:
+    """Writes a whole file at once: nobody sees half of it, and a failure leaves nothing.
+
+    With ``once`` a file that is there already stays as it is.
+    """
+    if once and filesystem.get_file_info(path).type == pafs.FileType.File:
+        return
     local = isinstance(filesystem, pafs.LocalFileSystem) or (
         isinstance(filesystem, pafs.SubTreeFileSystem)
         and isinstance(filesystem.base_fs, pafs.LocalFileSystem)
@@ -336,7 +352,12 @@ def put(filesystem: pafs.FileSystem, path: str, data: bytes) -> None:
     try:
         with filesystem.open_output_stream(temporary) as stream:
             stream.write(data)
-        filesystem.move(temporary, path)
+        if once and isinstance(filesystem, pafs.LocalFileSystem):
+            with contextlib.suppress(FileExistsError):  # somebody was faster
+                os.link(temporary, path)
+            os.unlink(temporary)
+        else:
+            filesystem.move(temporary, path)
     except BaseException:
         if filesystem.get_file_info(temporary).type == pafs.FileType.File:
             filesystem.delete_file(temporary)

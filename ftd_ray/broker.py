@@ -10,7 +10,8 @@ import asyncio
 import hashlib
 import pickle
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +27,8 @@ BUILD_ATTEMPTS = 4
 """Times that an expert is tried when its actor or node dies."""
 IDLE_SECONDS = 600
 """A broker without work ends after this long."""
+RECOUNT_SECONDS = 2
+"""While experts wait, the cluster's size is looked at this often."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +84,36 @@ class SetProgress:
     """Expert -> epoch -> validation accuracy, of what was built here."""
 
 
+class Slots:
+    """A fair semaphore whose size is asked for again and again, since clusters grow."""
+
+    def __init__(self, room: Callable[[], int]) -> None:
+        self._room = room
+        self._active = 0
+        self._queue: deque[asyncio.Future[None]] = deque()
+
+    @property
+    def waiting(self) -> bool:
+        return bool(self._queue)
+
+    async def acquire(self) -> None:
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._queue.append(turn)
+        self._admit()
+        while not turn.done():
+            await asyncio.wait([turn], timeout=RECOUNT_SECONDS)
+            self._admit()
+
+    def release(self) -> None:
+        self._active -= 1
+        self._admit()
+
+    def _admit(self) -> None:
+        while self._queue and self._active < self._room():
+            self._active += 1
+            self._queue.popleft().set_result(None)
+
+
 class Broker:
     """One for a store on a cluster: ``ensure`` returns when an expert set is in the store."""
 
@@ -89,8 +122,8 @@ class Broker:
         self._progress: dict[str, SetProgress] = {}
         self._inflight: dict[tuple[str, int], tuple[int, asyncio.Task[None]]] = {}
         self._idle: dict[tuple[float, float], list[Any]] = defaultdict(list)
-        self._slots: dict[tuple[float, float], asyncio.Semaphore] = {}
-        self._waiting = 0
+        self._slots: dict[tuple[float, float], Slots] = {}
+        self._diverged: dict[tuple[str, int], str] = {}
         self._last_used = time.monotonic()
         self._watch: asyncio.Task[None] | None = None
 
@@ -118,7 +151,9 @@ class Broker:
         self, key: str, index: int, epoch: int, val_accuracy: float, seconds: float
     ) -> None:
         """An expert actor finished an epoch."""
-        progress = self._progress[key]
+        progress = self._progress.get(key)
+        if progress is None:  # this broker is a new one, and the word was for the one before
+            return
         if index in progress.running:  # else word of the last epoch came after that of the end
             progress.running[index] = epoch
         progress.curves[index][epoch] = val_accuracy
@@ -148,10 +183,10 @@ class Broker:
             await asyncio.wait([before])
         progress = self._progress[order.key]
         size = (order.cpus, order.gpus)
-        slots = self._slots.setdefault(size, asyncio.Semaphore(_room_for(*size)))
-        self._waiting += 1
+        if reason := self._diverged.get((order.key, index)):
+            raise UserError(reason)  # it would again: the same seed, the same end
+        slots = self._slots.setdefault(size, Slots(lambda: room_for(*size)))
         await slots.acquire()
-        self._waiting -= 1
         actor = None
         try:
             for attempt in range(BUILD_ATTEMPTS):
@@ -161,17 +196,19 @@ class Broker:
                     me = ray.get_runtime_context().current_actor
                     progress.seconds += await actor.build.remote(order.work, order.key, index, me)
                     break
-                except ray.exceptions.RayActorError:
+                except ray.exceptions.RayTaskError as error:
+                    if isinstance(error.cause, Diverged):
+                        self._diverged[order.key, index] = str(error.cause)
+                    if isinstance(cause := error.cause, Diverged | UserError | OSError):
+                        raise UserError(str(cause)) from None
+                    raise
+                except ray.exceptions.RayError:  # its process or its node is gone, or its memory
                     actor = None
                     if attempt == BUILD_ATTEMPTS - 1:
                         raise UserError(
                             f"expert {index} of set {order.key} was lost {BUILD_ATTEMPTS} times "
                             "with its process. Does an expert need more memory than there is?"
                         ) from None
-                except ray.exceptions.RayTaskError as error:
-                    if isinstance(cause := error.cause, Diverged | UserError | OSError):
-                        raise UserError(str(cause)) from None
-                    raise
             progress.built.add(index)
         finally:
             progress.running.pop(index, None)
@@ -179,7 +216,7 @@ class Broker:
             if actor is not None:
                 self._idle[size].append(actor)
             slots.release()
-            if not self._waiting:  # its CPUs and GPUs are for the trials now
+            if not slots.waiting:  # its CPUs and GPUs are for the trials now
                 for idle in self._idle.pop(size, []):
                     ray.kill(idle)
 
@@ -205,6 +242,7 @@ def broker(store_uri: str) -> Any:
             num_cpus=0,
             max_concurrency=10_000,
             max_restarts=-1,
+            max_task_retries=-1,
         )
         .remote(store_uri)
     )
@@ -214,8 +252,15 @@ def _start(cpus: float, gpus: float) -> Any:
     return ray.remote(ExpertActor).options(num_cpus=cpus, num_gpus=gpus).remote()
 
 
-def _room_for(cpus: float, gpus: float) -> int:
-    """How many expert actors the cluster has room for: pending ones show as demand."""
-    total = ray.cluster_resources()
+def room_for(cpus: float, gpus: float) -> int:
+    """How many expert actors the cluster has room for, or could have: pending ones are demand."""
+    total = capacity()
     room = int(total.get("CPU", 0) / cpus)
     return max(1, min(room, int(total.get("GPU", 0) / gpus)) if gpus else room)
+
+
+def capacity() -> dict[str, float]:
+    """CPUs, GPUs and so on of the cluster, as it is or as its autoscaler may make it."""
+    total = dict(ray.cluster_resources())
+    possible = ray._private.state.state.get_max_resources_from_cluster_config() or {}
+    return {k: max(total.get(k, 0), possible.get(k, 0)) for k in {*total, *possible}}

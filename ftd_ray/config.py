@@ -11,7 +11,8 @@ import re
 import typing
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import cache
-from itertools import islice, product
+from itertools import product
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,8 +28,22 @@ from ftd.expert import ExpertConfig, Numerics, identity, network_for
 from ftd_ray.space import Dimension, is_dimension, parse_dimension
 from ftd_ray.storage import is_local
 
-MAX_POINTS = 4096
-"""Points of the space that are checked one by one at most."""
+MAX_POINTS = 20_000
+"""Combinations of dimensions that rules speak of together; more are refused."""
+
+RULED_TOGETHER = (
+    ("experts.sharpness", "experts.rho", "experts.sharpness_weight", "experts.gsam_alpha"),
+    (
+        "experts.epochs",
+        "distill.expert_epochs",
+        "distill.max_start_epoch",
+        "distill.ipc",
+        "distill.batch_syn",
+        "distill.labels",
+        "distill.lr_label",
+    ),
+)
+"""Keys that a rule reads together; every other key is ruled by its own values alone."""
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -46,13 +61,19 @@ class SearchConfig:
     """Asked at every report, on validation accuracy against outer steps."""
     grace: int | None = None
     """Outer steps before a trial may be pruned; None for the first report (evaluate.every)."""
-    reduction_factor: int = 3
-    """asha and hyperband keep one trial in so many at each rung."""
+    reduction_factor: int | None = None
+    """asha and hyperband keep one trial in so many at each rung; None for 3."""
 
     def __post_init__(self) -> None:
         for key, least in (("trials", 1), ("concurrency", 1), ("reduction_factor", 2)):
-            if getattr(self, key) < least:
-                raise UserError(f"search.{key}={getattr(self, key)} must be at least {least}.")
+            value = getattr(self, key)
+            if value is not None and value < least:
+                raise UserError(f"search.{key}={value} must be at least {least}.")
+        if self.reduction_factor is not None and self.pruner not in ("asha", "hyperband"):
+            raise UserError(
+                f"search.reduction_factor={self.reduction_factor} has no effect with "
+                f"search.pruner={self.pruner}. Leave it out, or take asha or hyperband."
+            )
         if self.grace is not None and self.grace < 1:
             raise UserError(f"search.grace={self.grace} must be at least 1 outer step.")
 
@@ -62,9 +83,13 @@ class ResourcesConfig:
     """What one worker takes. GPUs may be fractions: two workers of 0.5 share one."""
 
     cpus_per_expert: float = 1
+    """Also its threads, when it trains on CPUs: part of what an expert set is."""
     gpus_per_expert: float = 0
+    """Above 0, experts train on a GPU."""
     cpus_per_trial: float = 1
+    """Also its threads, when it works on CPUs."""
     gpus_per_trial: float = 0
+    """Above 0, trials work on a GPU."""
 
     def __post_init__(self) -> None:
         for key in ("cpus_per_expert", "cpus_per_trial"):
@@ -72,9 +97,10 @@ class ResourcesConfig:
                 raise UserError(f"resources.{key}={getattr(self, key)} must be above 0.")
         for key in ("gpus_per_expert", "gpus_per_trial"):
             value = getattr(self, key)
-            if value < 0 or (value > 1 and value != int(value)):
+            if not 0 <= value <= 1:
                 raise UserError(
-                    f"resources.{key}={value} must be 0, a fraction of one GPU, or a whole number."
+                    f"resources.{key}={value} must lie from 0 to 1: a worker uses one GPU or a "
+                    "share of it."
                 )
 
     @property
@@ -172,10 +198,35 @@ class SweepConfig:
             distill=_build("distill", self._literals("distill") | values["distill"]),
         )
 
-    def points(self) -> typing.Iterator[dict[str, Any]]:
-        """Every point of a discrete space; of continuous dimensions the two ends."""
-        for combination in product(*(d.extremes() for d in self.space)):
-            yield dict(zip((d.key for d in self.space), combination, strict=True))
+    def telling_points(self) -> typing.Iterator[dict[str, Any]]:
+        """Points that break a rule if any point of the space does.
+
+        Keys that are ruled together in every combination, with the other keys at their first
+        value; then every value of each key by itself. Continuous dimensions by their two ends.
+        """
+        first = {d.key: d.extremes()[0] for d in self.space}
+        yield first
+        for group in RULED_TOGETHER:
+            dims = [d for d in self.space if d.key in group]
+            if prod(len(d.extremes()) for d in dims) > MAX_POINTS:
+                keys = ", ".join(d.key for d in dims)
+                raise UserError(
+                    f"the dimensions {keys} have over {MAX_POINTS} combinations, which are checked "
+                    "one by one. Give them fewer values."
+                )
+            for combination in product(*(d.extremes() for d in dims)):
+                yield first | dict(zip((d.key for d in dims), combination, strict=True))
+        for d in self.space:
+            for value in d.extremes():
+                yield first | {d.key: value}
+
+    def values_of(self, key: str) -> tuple[Any, ...]:
+        """The values that a key of ``experts`` or ``distill`` takes in this sweep."""
+        for d in self.space:
+            if d.key == key:
+                return d.extremes()
+        section, _, name = key.partition(".")
+        return (getattr(getattr(self, section), name),)
 
     def expert_points(self) -> list[tuple[dict[str, Any], ExpertConfig]]:
         """The distinct combinations of the ``experts`` dimensions with their configurations."""
@@ -193,7 +244,7 @@ class SweepConfig:
 
     def check_against(self, data: Description) -> None:
         """Raises UserError if some point of the space does not fit the data set."""
-        for params in islice(self.points(), MAX_POINTS):
+        for params in self.telling_points():
             point = self.at(params)
             network_for(point.experts.network, data)
             point.distill.check(epochs=point.experts.epochs, per_class=data.per_class)
@@ -275,11 +326,11 @@ def parse_config(tree: dict[str, Any]) -> SweepConfig:
 
 
 def _check_points(config: SweepConfig) -> None:
-    for params in islice(config.points(), MAX_POINTS):
+    for params in config.telling_points():
         point = config.at(params)
         point.distill.check(epochs=point.experts.epochs, per_class=(10**9,))
     search, evaluate = config.search, config.evaluate
-    iterations = min(config.at(p).distill.iterations for p in islice(config.points(), MAX_POINTS))
+    iterations = min(config.values_of("distill.iterations"))
     if evaluate.every > iterations:
         raise UserError(
             f"evaluate.every={evaluate.every} is above distill.iterations={iterations}, so a trial "
@@ -288,6 +339,11 @@ def _check_points(config: SweepConfig) -> None:
     if search.grace is not None and search.pruner == "none":
         raise UserError(
             f"search.grace={search.grace} has no effect with search.pruner=none. Leave it out."
+        )
+    if search.grace is not None and search.grace >= iterations:
+        raise UserError(
+            f"search.grace={search.grace} is not below distill.iterations={iterations}, so nothing "
+            "would ever be pruned. Lower it, or take search.pruner=none."
         )
     if search.sampler == "grid" and not all(d.discrete for d in config.space):
         loose = next(d.key for d in config.space if not d.discrete)
@@ -410,12 +466,14 @@ def _absolute(config: SweepConfig) -> SweepConfig:
     """Local paths become absolute: workers have other working directories."""
 
     def place(uri: str) -> str:
-        return os.path.abspath(uri.removeprefix("file://")) if is_local(uri) else uri
+        if not is_local(uri):
+            return uri
+        return os.path.abspath(os.path.expanduser(uri.removeprefix("file://")))
 
     root = config.dataset.root
     return replace(
         config,
-        dataset=replace(config.dataset, root=None if root is None else os.path.abspath(root)),
+        dataset=replace(config.dataset, root=None if root is None else place(root)),
         store=replace(config.store, uri=place(config.store.uri)),
         output=OutputConfig(dir=place(config.output.dir or f"runs/{config.name}")),
         tracking=replace(config.tracking, uri=_tracking_uri(config.tracking.uri)),
@@ -425,7 +483,7 @@ def _absolute(config: SweepConfig) -> SweepConfig:
 def _tracking_uri(uri: str) -> str:
     prefix = "sqlite:///"
     if uri.startswith(prefix):
-        return prefix + os.path.abspath(uri.removeprefix(prefix))
+        return prefix + os.path.abspath(os.path.expanduser(uri.removeprefix(prefix)))
     if re.match(r"(https?|postgresql|mysql|mssql|sqlite)(\+\w+)?://", uri):
         return uri
     raise UserError(

@@ -27,6 +27,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from ftd.errors import UserError
 from ftd.seeds import derive_seed
 from ftd_ray.config import SearchConfig
 from ftd_ray.space import Dimension
@@ -82,13 +83,19 @@ class SweepStudy:
         self._search, self._seed = search, seed
         self._journal = _Journal(join(folder, STUDY_FILE))
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        self.study = optuna.create_study(
-            study_name=name,
-            storage=JournalStorage(JournalFileBackend(self._journal.path)),
-            direction="maximize",
-            load_if_exists=True,
-            pruner=_pruner(search, every=every, iterations=iterations),
-        )
+        try:
+            self.study = optuna.create_study(
+                study_name=name,
+                storage=JournalStorage(JournalFileBackend(self._journal.path)),
+                direction="maximize",
+                load_if_exists=True,
+                pruner=_pruner(search, every=every, iterations=iterations),
+            )
+        except (ValueError, TypeError, KeyError, AssertionError) as error:
+            raise UserError(
+                f"{join(folder, STUDY_FILE)} is damaged ({type(error).__name__}). Restore it from "
+                "a copy, or give another output.dir."
+            ) from error
         self._live: dict[int, Trial] = {}
         self._orphans = [
             t for t in self.study.get_trials(deepcopy=False) if t.state is TrialState.RUNNING
@@ -222,18 +229,27 @@ def _sampler(name: str, space: list[Dimension], seed: int, number: int) -> BaseS
         return RandomSampler(seed=here)
     if name == "qmc":  # stores its place in the study; one seed for the whole sequence
         return QMCSampler(seed=seed % 2**32, scramble=True, warn_independent_sampling=False)
-    return GridSampler({d.key: [d.encode(v) for v in d.values] for d in space}, seed=seed % 2**32)
+    return _Grid({d.key: [d.encode(v) for v in d.values] for d in space}, seed=seed % 2**32)
+
+
+class _Grid(GridSampler):
+    """Without stopping the study at the last point, which only works inside ``optimize``."""
+
+    def after_trial(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the number of trials is the sweep's."""
 
 
 def _pruner(search: SearchConfig, *, every: int, iterations: int) -> BasePruner:
     grace = search.grace or every
     if search.pruner == "asha":
-        return SuccessiveHalvingPruner(min_resource=grace, reduction_factor=search.reduction_factor)
+        return SuccessiveHalvingPruner(
+            min_resource=grace, reduction_factor=search.reduction_factor or 3
+        )
     if search.pruner == "hyperband":
         return HyperbandPruner(
             min_resource=grace,
             max_resource=iterations,
-            reduction_factor=search.reduction_factor,
+            reduction_factor=search.reduction_factor or 3,
         )
     if search.pruner == "median":
         return MedianPruner(n_startup_trials=4, n_warmup_steps=grace)

@@ -9,7 +9,7 @@ to the sampler; other choices are categories.
 """
 
 from dataclasses import dataclass
-from math import log
+from math import isfinite, log
 from typing import Any
 
 import numpy as np
@@ -167,9 +167,12 @@ def _bounds(key: str, value: Any, *, whole: bool) -> tuple[float, float]:
 
 
 def _is_number(value: Any) -> bool:
-    return (
-        isinstance(value, int | float) and not isinstance(value, bool) and bool(np.isfinite(value))
-    )
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return isfinite(value)
+    except OverflowError:  # an integer beyond every float
+        return False
 
 
 def _is_whole(value: Any) -> bool:

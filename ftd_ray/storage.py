@@ -1,5 +1,6 @@
 """A URI or a path as a ``pyarrow.fs`` filesystem and a path on it."""
 
+import contextlib
 import os
 from pathlib import PurePath
 from urllib.parse import urlparse
@@ -65,8 +66,9 @@ def probe(uri: str, what: str) -> None:
         filesystem.create_dir(path, recursive=True)
         put(filesystem, name, b"")
         filesystem.delete_file(name)
-        for folder in made:
-            os.rmdir(folder)
+        with contextlib.suppress(OSError):  # somebody else uses it by now
+            for folder in made:
+                os.rmdir(folder)
     except OSError as error:
         raise UserError(
             f"{what}={uri} cannot be written ({error.strerror or error}). "

@@ -7,6 +7,8 @@ usable came out, 2 usage or configuration, 128 + signal after an interrupt, with
 
 import argparse
 import contextlib
+import copy
+import fcntl
 import io
 import json
 import logging
@@ -19,23 +21,29 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
+from statistics import fmean
 from typing import Any
 
+import pyarrow as pa
 import yaml
 from rich.console import Console
 
 from ftd.errors import UserError
 from ftd.evaluate import Score
-from ftd.expert import set_key
+from ftd.expert import Numerics, set_key
 from ftd.synthetic import SyntheticSet
 from ftd_ray.config import SweepConfig, load_config
 from ftd_ray.plan import Plan, lacking, machine_resources, make_plan
 from ftd_ray.progress import describe_params, duration
 from ftd_ray.storage import is_local, join, probe, read_bytes, write_bytes
+from ftd_ray.store import TrajectoryStore
 
-CHANGEABLE = ("search.trials", "search.concurrency", "resources", "tracking", "output", "store")
+CHANGEABLE = (
+    "search.trials", "search.concurrency", "resources", "tracking", "output", "store",
+    "dataset.root", "dataset.download",
+)  # fmt: skip
 """What a resumed sweep may have otherwise than the saved one."""
 
 BASELINE_LR = 0.01
@@ -70,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _main(args, console)
     except UserError as error:
-        print(f"sweep: {error}", file=sys.stderr)
+        print(f"sweep: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except Interrupted as interrupt:
         return 128 + interrupt.signum
@@ -81,8 +89,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(args: argparse.Namespace, console: Console) -> int:
     config = load_config(args.file, args.overrides)
     address = args.address or os.environ.get("RAY_ADDRESS")
-    plan = make_plan(config)
-    saved = _saved(config)
+    try:
+        plan = make_plan(config)
+        saved = _saved(config)
+    except (OSError, pa.ArrowException) as error:  # of a data set, the store or the output
+        raise UserError(
+            f"a file or a server does not answer ({error}). Check dataset.root, "
+            f"store.uri={config.store.uri} and output.dir={config.output_dir}."
+        ) from error
     if saved is not None and not args.resume and not args.dry_run:
         raise UserError(
             f"{config.output_dir} holds a sweep already. Go on with it by --resume, or give "
@@ -106,7 +120,7 @@ def _main(args: argparse.Namespace, console: Console) -> int:
         raise UserError(
             f"{missing[0]} on this machine. Lower resources.*, or give the --address of a cluster."
         )
-    with _signals():
+    with _signals(), _only_one(config.output_dir):
         return Sweep(config, plan, tracker, console, _resume_command(args)).run(address)
 
 
@@ -127,6 +141,8 @@ class Sweep:
         self._warned = False
         self._sets = {s.key: s for s in plan.sets}
         self._expert_status: dict[str, Any] = {}
+        self._status_before: dict[str, Any] = {}
+        self._wanted: set[str] = set()
         self._pending_status: Any = None
         self._polled = 0.0
         self._study_class, self._progress = (
@@ -141,11 +157,11 @@ class Sweep:
         import ray
 
         _start_ray(address)
+        _arm_signals()  # Ray has taken SIGTERM for itself
         try:
-            if address is not None:
-                self._check_cluster(ray)
-            self._open()
+            self._check_cluster(ray)
             try:
+                self._open()
                 with self._progress:
                     self._search()
                 summary = self._conclude()
@@ -157,10 +173,12 @@ class Sweep:
             except BaseException:
                 with contextlib.suppress(Exception):
                     self._write_summary(self._summary("failed"))
+                with contextlib.suppress(Exception):
                     self.tracker.finish("FAILED")
                 raise
             finally:
-                self.study.close()
+                if hasattr(self, "study"):
+                    self.study.close()
         finally:
             ray.shutdown()
         print()
@@ -178,8 +196,16 @@ class Sweep:
             search=config.search,
             seed=config.seed,
             every=config.evaluate.every,
-            iterations=max(config.at(p).distill.iterations for p in config.points()),
+            iterations=max(config.values_of("distill.iterations")),
         )
+        data = self.study.recall("data")
+        if data not in (None, self.plan.data.fingerprint):
+            raise UserError(
+                f"{config.output_dir} was started on other images (fingerprint {data[:8]}; now "
+                f"{self.plan.data.fingerprint[:8]}). Restore them, or give another output.dir."
+            )
+        self.study.remember("data", self.plan.data.fingerprint)
+        self._status_before = copy.deepcopy(self._ask_broker())
         self._seconds_before = float(self.study.recall("seconds") or 0.0)
         self._experts_before = self.study.recall("experts") or {}
         ended = self.study.ended()
@@ -223,7 +249,7 @@ class Sweep:
                     callbacks=[Ticker(self._tick)],
                 ),
             ).fit()
-            self._tick(wait=True)
+            self._expert_status = self._ask_broker()
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
@@ -235,11 +261,10 @@ class Sweep:
         else:
             summary = self._summary("done") | self._evaluate(best)
             summary["seconds"] = self._seconds()
-        with self._tracking():
-            self._publish(summary)
-        self._write_summary(summary)
+        self._publish(summary)
         with self._tracking():
             self.tracker.finish("FINISHED" if best is not None else "FAILED")
+        self._write_summary(summary)  # last: with it the sweep is over
         return summary
 
     def _evaluate(self, best: Any) -> dict[str, Any]:
@@ -306,7 +331,8 @@ class Sweep:
         experts = self.config.at(suggestion.params).experts
         identity = self.config.identity(experts, self.plan.data)
         key = set_key(identity)
-        source = join(self.config.store.uri, key)
+        source = TrajectoryStore(self.config.store.uri).location(key)
+        self._wanted |= {f"{key}/{i}" for i in range(experts.count)}
         with self._tracking():
             self.tracker.expert_set(key, identity, source, dict(self._sets[key].params))
             self.tracker.trial_started(suggestion, key, source)
@@ -321,6 +347,7 @@ class Sweep:
 
         self._progress.trial_ended(ended)
         forget_checkpoint(self._trial_folder(ended.number))
+        self.study.remember("experts", self._experts())
         self.study.remember("seconds", self._seconds())
         with self._tracking():
             self.tracker.trial_ended(ended)
@@ -376,18 +403,25 @@ class Sweep:
             gpus=r.gpus_per_trial,
         )
 
-    def _tick(self, *, wait: bool = False) -> None:
+    def _ask_broker(self) -> dict[str, Any]:
+        import ray
+
+        from ftd_ray.broker import broker
+
+        return ray.get(broker(self.config.store.uri).progress.remote())
+
+    def _tick(self) -> None:
         """Asks the broker how far the experts are, about once a second, without waiting."""
         import ray
 
         from ftd_ray.broker import broker
 
         if self._pending_status is None:
-            if not wait and time.monotonic() - self._polled < 1:
+            if time.monotonic() - self._polled < 1:
                 return
             self._polled = time.monotonic()
             self._pending_status = broker(self.config.store.uri).progress.remote()
-        ready, _ = ray.wait([self._pending_status], timeout=30 if wait else 0)
+        ready, _ = ray.wait([self._pending_status], timeout=0)
         if ready:
             with contextlib.suppress(ray.exceptions.RayError):
                 self._expert_status = ray.get(self._pending_status)
@@ -397,14 +431,17 @@ class Sweep:
 
     def _experts(self) -> dict[str, Any]:
         """What this sweep built and what it found, over all its sessions."""
-        built, reused, seconds = set(), set(), 0.0
+        built, there, seconds = set(), set(), 0.0
         for key, s in self._expert_status.items():
-            if key in self._sets:
-                built |= {f"{key}/{i}" for i in s.built}
-                reused |= {f"{key}/{i}" for i in s.reused}
-                seconds += s.seconds
+            if key not in self._sets:
+                continue
+            before = self._status_before.get(key)  # of other sweeps, on a cluster that lives on
+            there |= {f"{key}/{i}" for i in s.built | s.reused}
+            built |= {f"{key}/{i}" for i in s.built - (before.built if before else set())}
+            seconds += s.seconds - (before.seconds if before else 0.0)
+        reused = (there & self._wanted) | set(self._experts_before.get("reused", []))
         built |= set(self._experts_before.get("built", []))
-        reused = (reused | set(self._experts_before.get("reused", []))) - built
+        reused -= built
         seconds += self._experts_before.get("seconds", 0.0)
         return {"built": sorted(built), "reused": sorted(reused), "seconds": seconds}
 
@@ -449,32 +486,29 @@ class Sweep:
         """Pictures, expert sets and the best set to MLflow, pictures to the folder too."""
         from ftd_ray.pictures import study_pictures
 
-        for key, s in self._expert_status.items():
-            if key in self._sets and (s.built or s.reused):
-                epochs = sorted({e for curve in s.curves.values() for e in curve})
-                means = {
-                    e: sum(v) / len(v)
-                    for e in epochs
-                    if (v := [c[e] for c in s.curves.values() if e in c])
-                }
-                self.tracker.experts_done(
-                    key,
-                    built=len(s.built),
-                    reused=len(s.reused),
-                    seconds=s.seconds,
-                    curve=means,
-                )
-        for name, figure in study_pictures(self.study.ended(), self.config.space).items():
+        pictures = study_pictures(self.study.ended(), self.config.space)
+        for name, figure in pictures.items():
             buffer = io.BytesIO()
             figure.savefig(buffer, dpi=110)
             write_bytes(join(self.config.output_dir, f"{name}.png"), buffer.getvalue())
-            self.tracker.log_figure(figure, f"{name}.png")
-        if summary["best"]:
-            best = join(self.config.output_dir, "best")
-            names = ("synthetic.npz", "synthetic.png")
-            contents = {n: read_bytes(join(best, n)) for n in names}
-            self.tracker.log_files({n: c for n, c in contents.items() if c is not None}, "best")
-        self.tracker.log_summary(summary)
+        with self._tracking():
+            for key, s in self._expert_status.items():
+                if key in self._sets and (s.built or s.reused):
+                    self.tracker.experts_done(
+                        key,
+                        built=len(s.built),
+                        reused=len(s.reused),
+                        seconds=s.seconds,
+                        curve=_mean_curve(s.curves.values()),
+                    )
+            for name, figure in pictures.items():
+                self.tracker.log_figure(figure, f"{name}.png")
+            if summary["best"]:
+                best = join(self.config.output_dir, "best")
+                names = ("synthetic.npz", "synthetic.png")
+                found = {n: read_bytes(join(best, n)) for n in names}
+                self.tracker.log_files({n: c for n, c in found.items() if c is not None}, "best")
+            self.tracker.log_summary(summary)
 
     def _best_files(self, synthetic: SyntheticSet) -> dict[str, bytes]:
         picture = io.BytesIO()
@@ -486,7 +520,7 @@ class Sweep:
             self._write_summary(self._summary("interrupted"))
         with contextlib.suppress(Exception):
             self.tracker.finish("KILLED")
-        done = len(self.study.ended())
+        done = len(self.study.ended()) if hasattr(self, "study") else 0
         self._say(f"interrupted with {done} of {self.config.search.trials} trials done. Go on by:")
         self._say(f"  {self._command}")
 
@@ -495,17 +529,18 @@ class Sweep:
         write_bytes(join(self.config.output_dir, "summary.json"), text.encode())
 
     def _check_cluster(self, ray: Any) -> None:
-        total = dict(ray.cluster_resources())
-        missing = lacking(self.config, total)
-        if missing:
-            can_grow = ray._private.state.state.get_max_resources_from_cluster_config() or {}
-            missing = lacking(
-                self.config,
-                {k: max(total.get(k, 0), can_grow.get(k, 0)) for k in {*total, *can_grow}},
-            )
+        from ftd_ray.broker import capacity
+
+        nodes = [n for n in ray.nodes() if n["Alive"]]
+        missing = lacking(self.config, capacity())
         if missing:
             raise UserError(f"{missing[0]} in the cluster. Lower resources.*, or add such nodes.")
-        nodes = [n for n in ray.nodes() if n["Alive"]]
+        if capacity() == dict(ray.cluster_resources()):  # it will not grow: one node must do
+            short = [lacking(self.config, n["Resources"]) for n in nodes]
+            if all(short):
+                raise UserError(
+                    f"{short[0][0]} on any one node. Lower resources.*, or add larger nodes."
+                )
         if len(nodes) > 1:
             self._check_shared(ray, nodes)
 
@@ -575,14 +610,18 @@ def _start_ray(address: str | None) -> None:
     import ray
 
     warnings.filterwarnings("ignore")
-    options: dict[str, Any] = {"address": address} if address else {"include_dashboard": False}
+    options: dict[str, Any] = {"address": address or "local"}
+    if address is None:
+        options["include_dashboard"] = False
     try:
         ray.init(
             log_to_driver=False, logging_level=logging.ERROR, configure_logging=True, **options
         )
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+        if address is None:
+            raise UserError(f"Ray could not be started here ({error}).") from error
         raise UserError(
-            f"no Ray cluster answers at {address} ({str(error).splitlines()[0]}). "
+            f"no Ray cluster answers at {address} ({error}). "
             "Correct --address or RAY_ADDRESS, or leave both out for a local one."
         ) from error
     for name in ("ray", "ray.tune"):
@@ -606,18 +645,37 @@ def _tracker(config: SweepConfig, *, dry_run: bool) -> Any:
 
 
 def _saved(config: SweepConfig) -> dict[str, Any] | None:
-    text = read_bytes(join(config.output_dir, "sweep.yaml"))
-    return None if text is None else yaml.safe_load(text)
+    """The configuration of the sweep that the folder holds, if it holds one."""
+    place = join(config.output_dir, "sweep.yaml")
+    text = read_bytes(place)
+    if text is None:
+        return None
+    try:
+        saved = yaml.safe_load(text)
+    except yaml.YAMLError:
+        saved = None
+    if not isinstance(saved, dict):
+        raise UserError(f"{place} is damaged. Restore it from a copy, or give another output.dir.")
+    return saved
 
 
 def _finished(config: SweepConfig) -> dict[str, Any] | None:
-    """The summary of a finished sweep of as many trials as are asked for."""
+    """The summary of a finished sweep of as many trials as are asked for.
+
+    A summary that cannot be read is none: the study knows all that it said.
+    """
     text = read_bytes(join(config.output_dir, "summary.json"))
-    if text is None:
+    try:
+        summary = json.loads(text or b"{}")
+        trials, state = summary["trials"], summary["state"]
+        nothing_usable = state == "failed" and not trials["complete"]
+        over = (state == "done" or nothing_usable) and (
+            sum(trials.values()) >= config.search.trials
+        )
+        _result_text(summary, config)
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None
-    summary = json.loads(text)
-    over = summary["state"] != "interrupted"
-    return summary if over and sum(summary["trials"].values()) >= config.search.trials else None
+    return summary if over else None
 
 
 def _check_same(saved: dict[str, Any], config: SweepConfig) -> None:
@@ -631,6 +689,16 @@ def _check_same(saved: dict[str, Any], config: SweepConfig) -> None:
 
     now = yaml.safe_load(yaml.safe_dump(config.resolved()))
     before, after = flat(saved), flat(now)
+    r = config.resources
+    for kind, numerics in (("expert", r.expert_numerics), ("trial", r.trial_numerics)):
+        cpus, gpus = (before.get(f"resources.{unit}_per_{kind}", 0) for unit in ("cpus", "gpus"))
+        was = Numerics.on("cuda" if gpus else "cpu", max(1, int(cpus)))
+        if was != numerics:  # other bits: other experts, and checkpoints that do not fit
+            raise UserError(
+                f"{config.output_dir} was started with a {kind} on {was.device} with {was.threads} "
+                f"threads, and now it is {numerics.device} with {numerics.threads}. Resume with "
+                f"the same resources.*_per_{kind}, or give another output.dir."
+            )
     for key in sorted({*before, *after}):
         allowed = any(key == c or key.startswith(f"{c}.") for c in CHANGEABLE)
         if not allowed and before.get(key) != after.get(key):
@@ -696,16 +764,49 @@ def _result_text(summary: dict[str, Any], config: SweepConfig) -> str:
 def _signals() -> Iterator[None]:
     """SIGINT and SIGTERM become an exception of the main thread; the second one is not softened."""
 
-    def handle(signum: int, frame: Any) -> None:
-        signal.signal(signum, signal.SIG_DFL)
-        raise Interrupted(signum)
-
-    before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    _arm_signals()
     try:
         yield
     finally:
         for s, handler in before.items():
             signal.signal(s, handler)
+
+
+def _arm_signals() -> None:
+    def handle(signum: int, frame: Any) -> None:
+        signal.signal(signum, signal.SIG_DFL)
+        raise Interrupted(signum)
+
+    for s in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(s, handle)
+
+
+@contextlib.contextmanager
+def _only_one(folder: str) -> Iterator[None]:
+    """Two drivers of one local folder would take each other's trials for interrupted ones."""
+    if not is_local(folder):
+        yield
+        return
+    os.makedirs(folder, exist_ok=True)
+    with open(join(folder, ".lock"), "w") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(
+                f"{folder} is being worked on by another process. Wait for it, or give another "
+                "output.dir."
+            ) from None
+        yield
+
+
+def _mean_curve(curves: Iterable[dict[int, float]]) -> dict[int, float]:
+    """Epoch -> mean over the experts that have it."""
+    by_epoch: dict[int, list[float]] = {}
+    for curve in curves:
+        for epoch, value in curve.items():
+            by_epoch.setdefault(epoch, []).append(value)
+    return {epoch: fmean(values) for epoch, values in sorted(by_epoch.items())}
 
 
 if __name__ == "__main__":

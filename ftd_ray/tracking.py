@@ -44,8 +44,8 @@ class Tracker:
 
     def __init__(self, uri: str, experiment: str, artifacts: str | None = None):
         self.uri = uri
-        self._client = MlflowClient(tracking_uri=uri)
         try:
+            self._client = MlflowClient(tracking_uri=uri)
             found = self._client.get_experiment_by_name(experiment)
             if found and found.lifecycle_stage != "active":
                 raise UserError(
@@ -135,8 +135,7 @@ class Tracker:
                 self._client.set_tag(
                     self.parent_id, f"ftd.best.{self._names.get(key, key)}", str(value)
                 )
-            run_id = self._runs.get(best["trial"])
-            if run_id:
+            for run_id in self._search(f"tags.`ftd.trial` = '{best['trial']}'"):
                 self._client.set_tag(run_id, "ftd.best", "true")
         self._metrics(self.parent_id, metrics, 0)
         self._client.log_dict(self.parent_id, summary, "summary.json")
@@ -190,7 +189,9 @@ class Tracker:
         self, key: str, *, built: int, reused: int, seconds: float, curve: dict[int, float]
     ) -> None:
         """What an expert set cost, and its mean validation accuracy by epoch."""
-        run_id = self._sets[key]
+        run_id = self._sets.get(key)
+        if run_id is None:  # of an earlier session, which told it all
+            return
         now = _now()
         metrics = [Metric("expert_val_accuracy", v, now, e) for e, v in sorted(curve.items())]
         metrics += [
@@ -315,7 +316,8 @@ def tolerant(warn: Any) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        warn(f"MLflow does not answer ({_one_line(error)}); the sweep goes on without it.")
+        what = f"{type(error).__name__}: {_one_line(error)}"
+        warn(f"could not write to MLflow ({what}); the sweep goes on without.")
 
 
 __all__: Sequence[str] = ["Tracker", "tolerant"]

@@ -128,8 +128,6 @@ def run_trial(spec: TrialSpec) -> Iterator[Report]:
         result = synthetic_set(spec, data, state)
         if done:
             write_bytes(spec.result, result.to_bytes())
-        else:
-            save_checkpoint(spec, state)
         picture = io.BytesIO()
         result.grid(cell=64, per_class=PREVIEW_PER_CLASS).save(picture, "PNG")
         now = time.monotonic()
@@ -142,6 +140,8 @@ def run_trial(spec: TrialSpec) -> Iterator[Report]:
             picture=picture.getvalue(),
             done=done,
         )
+        if not done:  # whoever asks for more has the report on record
+            save_checkpoint(spec, state)
         began = now
         curve = []
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ftd_ray.trial import FinalSpec, Report
 
 WORKER_ATTEMPTS = 4
-"""Times that a trial's worker is started."""
+"""Times that a worker is started for one report."""
 
 LIGHT_BYTES = 64 * 2**20
 """Memory that a waiting trial books, in place of a CPU."""
@@ -81,7 +81,7 @@ class SweepTrial(tune.Trainable):
         except ray.exceptions.RayTaskError as error:
             cause = error.cause if isinstance(error.cause, BaseException) else error
             expected = isinstance(cause, Diverged | UserError)
-            reason = str(cause).strip().splitlines()[-1]
+            reason = (str(cause).strip().splitlines() or ["without a word"])[-1]
             return self._fail(reason if expected else f"{type(cause).__name__}: {reason}")
         except UserError as error:
             return self._fail(str(error))
@@ -112,7 +112,9 @@ class SweepTrial(tune.Trainable):
                 )
             try:
                 return ray.get(self._worker.report.remote())
-            except ray.exceptions.RayActorError:
+            except ray.exceptions.RayTaskError:
+                raise
+            except ray.exceptions.RayError:  # its process or its node is gone, or its memory
                 self._worker = None
                 if attempt == WORKER_ATTEMPTS - 1:
                     raise UserError(

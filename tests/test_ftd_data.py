@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -147,9 +149,7 @@ def test_the_fingerprint_names_pixels_split_resolution_and_normalisation() -> No
     assert len({describe(c).fingerprint for c in configs}) == len(configs)
 
 
-@pytest.mark.parametrize(
-    "same", [{"augment": "flip"}, {"resolution": 8}, {"test_fraction": 0.5}, {"download": True}]
-)
+@pytest.mark.parametrize("same", [{"augment": "flip"}, {"resolution": 8}])
 def test_what_does_not_change_the_tensors_does_not_change_the_fingerprint(
     same: dict[str, Any],
 ) -> None:
@@ -540,9 +540,40 @@ def test_a_fill_that_fails_leaves_nothing_and_the_next_one_succeeds(
     assert (cache_module.cached_arrays("key", 4, (2,), never) == 7).all()
 
 
+@pytest.mark.parametrize(
+    ("setting", "rule"),
+    [
+        ({"test_fraction": 0.5}, "dataset.test_fraction=0.5 has no effect"),
+        ({"download": True}, "dataset.download=true has no effect"),
+        ({"root": "/data"}, "dataset.root='/data' has no effect"),
+        ({"split_seed": -1}, "dataset.split_seed=-1 must be 0 or more"),
+    ],
+)
+def test_nothing_is_accepted_and_ignored(setting: dict[str, Any], rule: str) -> None:
+    with pytest.raises(UserError, match=rule):
+        describe(replace(DIGITS, **setting))
+
+
+def test_of_several_processes_that_start_at_once_one_decodes(cache: Path) -> None:
+    started, entered = threading.Barrier(4), []
+
+    def fill(out: np.ndarray) -> None:
+        entered.append(1)
+        out.fill(7)
+
+    def reader(_: int) -> list[int]:
+        started.wait()
+        return cache_module.cached_arrays("key", 3, (), fill).tolist()
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(reader, range(4))) == [[7, 7, 7]] * 4
+    assert len(entered) == 1
+
+
 def test_a_writer_that_was_overtaken_takes_what_is_there(cache: Path) -> None:
-    def overtaken(out: np.ndarray) -> None:
-        cache_module.cached_arrays("key", 3, (), lambda other: other.fill(5))
+    def overtaken(out: np.ndarray) -> None:  # by another node on a shared disk: no lock holds there
+        (cache / "pixels" / "key").mkdir()
+        np.save(cache / "pixels" / "key" / "images.npy", np.full(3, 5, np.uint8))
         out.fill(9)
 
     assert cache_module.cached_arrays("key", 3, (), overtaken).tolist() == [5, 5, 5]

@@ -201,10 +201,10 @@ def test_a_writer_killed_between_part_and_manifest_has_published_nothing(
     store.append(0, snapshots(0, 2))
     real_put = ExpertSet._put
 
-    def killed(self: ExpertSet, path: str, data: bytes) -> None:
+    def killed(self: ExpertSet, path: str, data: bytes, *, once: bool = False) -> None:
         if "manifest" in path:
             raise KeyboardInterrupt
-        real_put(self, path, data)
+        real_put(self, path, data, once=once)
 
     with monkeypatch.context() as patch:
         patch.setattr(ExpertSet, "_put", killed)

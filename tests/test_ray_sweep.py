@@ -574,7 +574,9 @@ def assert_resumed_to_the_end(folder: Path, resumed: Ran) -> Done:
     assert sum(done.summary["trials"].values()) == 3
     assert sorted(int(r.data.tags["ftd.trial"]) for r in done.of_kind("trial")) == [0, 1, 2]
     assert len(done.of_kind("sweep")) == 1
-    assert {r.info.status for r in done.runs} == {"FINISHED"}
+    statuses = {r.info.status for r in done.of_kind("sweep") + done.of_kind("trial")}
+    assert statuses == {"FINISHED"}
+    assert "RUNNING" not in {r.info.status for r in done.runs}
     return done
 
 
@@ -600,6 +602,9 @@ def test_sigint_saves_the_state_and_resume_ends_with_exactly_the_trials_asked_fo
     assert "trial   1  step    5 " not in resumed.out
     done = assert_resumed_to_the_end(tmp_path, resumed)
     assert sorted(done.ended[1].reports) == list(range(5, 51, 5))
+    # Expert sets that were built before the signal are finished, not interrupted.
+    assert {r.info.status for r in done.of_kind("experts")} == {"FINISHED"}
+    assert {r.data.metrics.get("experts_built") for r in done.of_kind("experts")} == {2}
 
 
 def test_resume_with_nothing_saved_starts_fresh_and_a_signal_before_any_trial_is_obeyed(tmp_path):
@@ -721,9 +726,9 @@ def test_other_seed_reuses_the_experts_and_gives_another_set(tmp_path, undisturb
     ran = run_sweep(tmp_path, "sweep.yaml")
     assert ran.code == 0, ran.out + ran.err
     summary = summary_of(tmp_path)
-    assert summary["experts"]["built"] == 4 - summary["experts"]["reused"]
+    assert summary["experts"]["built"] == 0
     assert summary["experts"]["reused"] >= 2
-    assert {k: v for k, v in files_below(store).items() if k in before} == before
+    assert files_below(store) == before
     ours = np.load(io.BytesIO((tmp_path / "runs/tiny/best/synthetic.npz").read_bytes()))["images"]
     theirs = np.load(undisturbed.output / "best" / "synthetic.npz")["images"]
     assert not np.array_equal(ours, theirs)
@@ -766,6 +771,7 @@ def test_second_sweep_of_a_cluster_reuses_the_experts_of_the_first(tmp_path, mon
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
     try:
         cluster.add_node(num_cpus=1)
+        cluster.wait_for_nodes()
         for name in ("first", "second"):
             tree = tiny(name=name, experts__rho=0.0, search__trials=1, store__uri=f"{tmp_path}/s")
             write_sweep(tmp_path / name, tree)

@@ -1,16 +1,18 @@
 """Decoded pixels, kept once a node and mapped into every process that reads them.
 
 ``$FTD_CACHE`` (default ``~/.cache/ftd``) holds one folder for each source, resolution and number
-of channels: ``images.npy`` (uint8), ``labels.npy``, ``meta.json``. Files are memory-mapped
+of channels, with ``images.npy`` (uint8), and an index of what was found where. Files are mapped
 copy-on-write, so that ten workers share one copy in the page cache. A folder appears by one
 rename when it is whole, so a killed process leaves nothing half-written behind.
 """
 
+import contextlib
+import fcntl
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +40,14 @@ def cached_json(key: Callable[[], str], compute: Callable[[], dict[str, Any]]) -
     except (OSError, ValueError):
         value = compute()
     path = folder / f"{key()}.json"
-    _make_dir(path.parent)
-    handle, temporary = tempfile.mkstemp(dir=path.parent)
-    with os.fdopen(handle, "w") as f:
-        json.dump(value, f)
-    os.replace(temporary, path)
+    _make_dir(folder)
+    try:
+        handle, temporary = tempfile.mkstemp(dir=folder)
+        with os.fdopen(handle, "w") as f:
+            json.dump(value, f)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
     return value
 
 
@@ -52,8 +57,12 @@ def cached_arrays(
     """A mapped uint8 array (n, *shape), filled by ``fill`` the first time."""
     folder = cache_root() / "pixels" / key
     path = folder / "images.npy"
-    if not path.exists():
-        _make_dir(folder.parent)
+    if path.exists():
+        return _mapped(path, (n, *shape))
+    _make_dir(folder.parent)
+    with _lock(key):  # ten workers start at once, and one decodes
+        if path.exists():
+            return _mapped(path, (n, *shape))
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix="making-"))
         try:
             array = np.lib.format.open_memmap(
@@ -65,7 +74,7 @@ def cached_arrays(
             try:
                 os.rename(temporary, folder)
             except OSError:
-                if not path.exists():  # not merely another process that was faster
+                if not path.exists():  # not merely another node on a shared disk, which was faster
                     raise
         except OSError as error:
             raise UserError(
@@ -74,20 +83,43 @@ def cached_arrays(
             ) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-    array = np.load(path, mmap_mode="c")
-    if array.shape != (n, *shape):
+    return _mapped(path, (n, *shape))
+
+
+def _mapped(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    try:
+        array = np.load(path, mmap_mode="c")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read. Delete {path.parent} and start again.") from error
+    if array.shape != shape:
         raise UserError(
-            f"{path} has shape {array.shape} where {(n, *shape)} was expected. "
-            f"Delete {folder} and start again."
+            f"{path} has shape {array.shape} where {shape} was expected. "
+            f"Delete {path.parent} and start again."
         )
     return array
+
+
+@contextlib.contextmanager
+def _lock(key: str) -> Iterator[None]:
+    path = cache_root() / "locks" / key
+    _make_dir(path.parent)
+    try:
+        with open(path, "w") as f:
+            fcntl.flock(f, fcntl.LOCK_EX)
+            yield
+    except PermissionError as error:
+        raise _unwritable(path.parent, error) from error
 
 
 def _make_dir(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(
-            f"cannot make the cache folder {path}: {error.strerror or error}. "
-            "Set FTD_CACHE to a folder that can be written."
-        ) from error
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(folder: Path, error: OSError) -> UserError:
+    return UserError(
+        f"the cache folder {folder} cannot be written: {error.strerror or error}. "
+        "Set FTD_CACHE to a folder that can."
+    )

@@ -19,9 +19,11 @@ from torch import Tensor
 
 from ftd.augment import parse_strategy
 from ftd.data.cache import cached_arrays, cached_json
-from ftd.data.normalise import Normalisation, fit_standard, fit_zca
+from ftd.data.normalise import Normalisation, check_zca, fit_standard, fit_zca
 from ftd.data.sources import DATASETS, DECODE_RULE, Source, decode_into
 from ftd.errors import UserError
+
+TEST_FRACTION = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +31,7 @@ class DatasetConfig:
     """Which images, and how they are split and normalised."""
 
     name: str
-    """One of ``ftd.data.DATASETS``."""
+    """digits, mnist, fashion_mnist, cifar10, cifar100, imagenette, imagefolder or parquet."""
     root: str | None = None
     """Folder of the data; not used by ``digits``, which is bundled."""
     download: bool = False
@@ -38,8 +40,8 @@ class DatasetConfig:
     """Share of the training images of each class that is held out to select on."""
     split_seed: int = 0
     """Which images are held out."""
-    test_fraction: float = 0.2
-    """Share of each class that becomes the test part of a data set that has none of its own."""
+    test_fraction: float | None = None
+    """Share of each class that becomes test where the data have no test part; None for 0.2."""
     resolution: int | None = None
     """Side in pixels after resizing; None for the data set's own."""
     zca: bool = False
@@ -54,13 +56,24 @@ class DatasetConfig:
             )
         for key in ("val_fraction", "test_fraction"):
             value = getattr(self, key)
-            if not 0 < value < 1:
+            if value is not None and not 0 < value < 1:
                 raise UserError(f"dataset.{key}={value} must lie between 0 and 1, both excluded.")
+        if self.split_seed < 0:
+            raise UserError(f"dataset.split_seed={self.split_seed} must be 0 or more.")
+        entry = DATASETS[self.name]
+        if self.root is not None and not entry.needs_root:
+            raise UserError(
+                f"dataset.root={self.root!r} has no effect: {self.name} is bundled. Leave it out."
+            )
+        if self.download and not entry.downloads:
+            raise UserError(
+                f"dataset.download=true has no effect: {self.name} is not downloaded. Leave it out."
+            )
         if self.resolution is not None and self.resolution < 1:
             raise UserError(f"dataset.resolution={self.resolution} must be at least 1 pixel.")
         if self.augment is not None:
             parse_strategy(self.augment)
-        if self.root is None and DATASETS[self.name].needs_root:
+        if self.root is None and entry.needs_root:
             raise UserError(
                 f"dataset.root is missing, and {self.name} is not bundled. "
                 "Set dataset.root to the folder of the data."
@@ -158,7 +171,7 @@ def load(config: DatasetConfig, device: torch.device | str = "cpu") -> Dataset:
     """
     facts, source = _facts(config)
     description = _description(config, facts)
-    labels, _, (train, val, test) = _split(config, facts)
+    labels, (train, val, test) = _split(config, facts)
     c, r = description.channels, description.resolution
 
     def fill(out: np.ndarray) -> None:
@@ -219,7 +232,10 @@ def _stamp(config: DatasetConfig, root: Path) -> str:
     for folder, subfolders, files in os.walk(root):
         subfolders.sort()
         for name in sorted(files):
-            stat = os.stat(os.path.join(folder, name))
+            try:
+                stat = os.stat(os.path.join(folder, name))
+            except FileNotFoundError:  # a link to nowhere
+                continue
             h.update(f"{folder}/{name}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
     return h.hexdigest()[:32]
 
@@ -231,12 +247,14 @@ def _description(config: DatasetConfig, facts: dict[str, Any]) -> Description:
             f"dataset.resolution is missing, and the images of {config.name} have no common size. "
             "Set it, for instance to 32, 64 or 128."
         )
-    labels, _, parts = _split(config, facts)
+    if config.zca:
+        check_zca(facts["channels"] * resolution**2)
+    labels, parts = _split(config, facts)
     counts = np.bincount(labels[parts[0]], minlength=len(facts["class_names"]))
+    test_fraction = None if facts["test"] is not None else config.test_fraction or TEST_FRACTION
     identity = [
         "data-1", facts["digest"], DECODE_RULE, resolution, config.val_fraction,
-        config.split_seed, None if facts["test"] is not None else config.test_fraction,
-        "zca" if config.zca else facts["stats"] or "fit",
+        config.split_seed, test_fraction, "zca" if config.zca else facts["stats"] or "fit",
     ]  # fmt: skip
     return Description(
         name=config.name,
@@ -252,12 +270,18 @@ def _description(config: DatasetConfig, facts: dict[str, Any]) -> Description:
 Indices = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
-def _split(config: DatasetConfig, facts: dict[str, Any]) -> tuple[np.ndarray, int, Indices]:
-    """Positions of train, validation and test, each in ascending order."""
+def _split(config: DatasetConfig, facts: dict[str, Any]) -> tuple[np.ndarray, Indices]:
+    """Labels, and the positions of train, validation and test, each in ascending order."""
     labels = np.asarray(facts["labels"], np.int64)
     classes = len(facts["class_names"])
     if facts["test"] is None:
-        test, rest = _hold_out(labels, np.arange(len(labels)), config.test_fraction, 0, "test")
+        fraction = config.test_fraction or TEST_FRACTION
+        test, rest = _hold_out(labels, np.arange(len(labels)), fraction, 0, "test")
+    elif config.test_fraction is not None:
+        raise UserError(
+            f"dataset.test_fraction={config.test_fraction} has no effect: the data have a test "
+            "part of their own. Leave it out."
+        )
     else:
         mask = np.asarray(facts["test"], bool)
         test, rest = np.flatnonzero(mask), np.flatnonzero(~mask)
@@ -268,7 +292,7 @@ def _split(config: DatasetConfig, facts: dict[str, Any]) -> tuple[np.ndarray, in
             f"dataset: the class {facts['class_names'][empty[0]]!r} has no training image after "
             f"the split. Add images to it, or lower dataset.val_fraction={config.val_fraction}."
         )
-    return labels, classes, (train, val, test)
+    return labels, (train, val, test)
 
 
 def _hold_out(

@@ -74,15 +74,20 @@ def fit_standard(images: np.ndarray, index: np.ndarray) -> Normalisation:
     return Normalisation("standard", _float(mean), _float(std))
 
 
-def fit_zca(images: np.ndarray, index: np.ndarray) -> Normalisation:
-    """ZCA whitening of the uint8 images (N, C, H, W) at ``index``; UserError if too large."""
-    values = int(np.prod(images.shape[1:]))
+def check_zca(values: int) -> None:
+    """Raises UserError when images of so many values are too large for ZCA."""
     if values > ZCA_MAX_VALUES:
         raise UserError(
             f"dataset.zca=true needs a {values} x {values} matrix for images of this size; the "
             f"limit is {ZCA_MAX_VALUES} values an image (64 x 64 RGB). "
             "Set dataset.zca=false or a lower dataset.resolution."
         )
+
+
+def fit_zca(images: np.ndarray, index: np.ndarray) -> Normalisation:
+    """ZCA whitening of the uint8 images (N, C, H, W) at ``index``; UserError if too large."""
+    values = int(np.prod(images.shape[1:]))
+    check_zca(values)
     total = np.zeros(values)
     for start in range(0, len(index), 2048):
         total += (images[index[start : start + 2048]].reshape(-1, values) / 255).sum(0)

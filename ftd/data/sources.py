@@ -54,11 +54,12 @@ class Source:
 
 @dataclass(frozen=True)
 class Entry:
-    """A data set by name: how to open it, its customary augmentation and resolution."""
+    """A data set by name: how to open it, and its customary augmentation."""
 
     open: Callable[["DatasetConfig"], Source]
     augment: str = FULL
     needs_root: bool = True
+    downloads: bool = True
 
 
 def decode_into(source: Source, out: np.ndarray) -> None:
@@ -286,6 +287,8 @@ def open_parquet(
             image = schema.field("image").type
             if not (pa.types.is_struct(image) and image.get_field_index("bytes") >= 0):
                 raise KeyError("image.bytes")
+            if not pa.types.is_integer(schema.field("label").type):
+                raise KeyError(f"label is {schema.field('label').type}")
             column = pq.read_table(f, columns=["label"]).column("label")
         except (pa.ArrowException, KeyError, OSError) as error:
             raise UserError(
@@ -297,6 +300,8 @@ def open_parquet(
         with open(f, "rb") as stream:
             contents.update(hashlib.file_digest(stream, "sha256").digest())
     joined = np.concatenate(labels)
+    if not len(joined):
+        raise UserError(f"dataset.root={config.root}: the Parquet files hold no images.")
     if joined.min(initial=0) < 0:
         raise UserError(f"dataset.root={config.root}: a label is below 0. Labels count from 0.")
     names = names or tuple(str(i) for i in range(int(joined.max()) + 1))
@@ -372,12 +377,12 @@ def _digest(*arrays: np.ndarray) -> str:
 
 
 DATASETS: dict[str, Entry] = {
-    "digits": Entry(open_digits, augment=ORIENTED, needs_root=False),
+    "digits": Entry(open_digits, augment=ORIENTED, needs_root=False, downloads=False),
     "mnist": Entry(_open_torchvision("MNIST", (1, 28), ((0.1307,), (0.3081,))), augment=ORIENTED),
     "fashion_mnist": Entry(_open_torchvision("FashionMNIST", (1, 28), ((0.2861,), (0.3530,)))),
     "cifar10": Entry(_open_torchvision("CIFAR10", (3, 32), CIFAR_STATS)),
     "cifar100": Entry(_open_torchvision("CIFAR100", (3, 32), CIFAR_STATS)),
     "imagenette": Entry(_open_fastai("160px", "imagenette2")),
-    "imagefolder": Entry(open_imagefolder),
-    "parquet": Entry(open_parquet),
+    "imagefolder": Entry(open_imagefolder, downloads=False),
+    "parquet": Entry(open_parquet, downloads=False),
 }
