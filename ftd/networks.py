@@ -79,7 +79,7 @@ class Network:
         return params_P
 
 
-_NAME = re.compile(r"ConvNetD([1-9]\d*)(?:W([1-9]\d*))?")
+_NAME = re.compile(r"ConvNetD([1-9]\d?)(?:W([1-9]\d{0,4}))?")
 
 
 @dataclass(frozen=True)

@@ -300,10 +300,10 @@ def parse_config(tree: dict[str, Any]) -> SweepConfig:
         raise UserError(f"seed={seed!r} must be a whole number of 0 or more.")
     written = {s: dict(tree.get(s) or {}) for s in SECTIONS}
     space = tuple(
-        parse_dimension(f"{section}.{key}", value)
+        parse_dimension(f"{section}.{key}", written[section][key])
         for section in SEARCHED
-        for key, value in written[section].items()
-        if is_dimension(value)
+        for key in (f.name for f in fields(SECTIONS[section]))  # not the file's order
+        if is_dimension(written[section].get(key))
     )
     for d in space:
         if d.key.startswith("experts.") and not d.discrete:
@@ -367,7 +367,11 @@ def _build(section: str, values: dict[str, Any]) -> Any:
         path = ".".join([section, *(str(p) for p in first["loc"][:1])])
         rule = re.sub(r"^Input should be", "must be", first["msg"])
         raise UserError(f"{path}={first['input']!r} {rule}.") from error
-    return SECTIONS[section](**checked.model_dump(exclude_unset=True))
+    try:
+        return SECTIONS[section](**checked.model_dump(exclude_unset=True))
+    except UserError as error:
+        text = str(error)
+        raise UserError(text if text.startswith(section) else f"{section}.{text}") from error
 
 
 @cache
@@ -455,7 +459,7 @@ _Loader.add_implicit_resolver(
 def _parse_yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except Exception as error:  # PyYAML lets errors of its constructors through
         mark = getattr(error, "problem_mark", None)
         place = f" line {mark.line + 1}" if mark else ""
         reason = getattr(error, "problem", None) or str(error)

@@ -7,6 +7,7 @@ reports. Samplers are seeded at every ask from (seed, trial number), since a sam
 state is not stored and would repeat its first points.
 """
 
+import contextlib
 import os
 import tempfile
 import time
@@ -206,6 +207,7 @@ class _Journal:
         self._synced = 0.0
         if self._uri is None:
             self.path = uri.removeprefix("file://")
+            _drop_torn_line(self.path)
         else:
             self.path = os.path.join(tempfile.mkdtemp(prefix="ftd-study-"), STUDY_FILE)
             if (kept := read_bytes(uri)) is not None:
@@ -219,6 +221,15 @@ class _Journal:
         with open(self.path, "rb") as f:
             write_bytes(self._uri, f.read())
         self._synced = now
+
+
+def _drop_torn_line(path: str) -> None:
+    """A full disk or a power cut leaves half a line, onto which the next one would be written."""
+    with contextlib.suppress(FileNotFoundError), open(path, "r+b") as f:
+        content = f.read()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            f.truncate(whole)
 
 
 def _sampler(name: str, space: list[Dimension], seed: int, number: int) -> BaseSampler:

@@ -24,14 +24,14 @@ __all__ = [
 
 def open_uri(uri: str) -> tuple[pafs.FileSystem, str]:
     """The filesystem and the path that ``uri`` names: a path, file://, s3:// or gs://."""
-    parsed = urlparse(uri)
     if is_local(uri):
-        return pafs.LocalFileSystem(), os.path.abspath(parsed.path if parsed.scheme else uri)
-    if parsed.scheme == "s3" and (endpoint := os.environ.get("AWS_ENDPOINT_URL")):
-        scheme, _, host = endpoint.rpartition("://")
-        filesystem = pafs.S3FileSystem(endpoint_override=host, scheme=scheme or "https")
-        return filesystem, f"{parsed.netloc}{parsed.path}".rstrip("/")
+        return pafs.LocalFileSystem(), os.path.abspath(uri.removeprefix("file://"))
     try:
+        parsed = urlparse(uri)
+        if parsed.scheme == "s3" and (endpoint := os.environ.get("AWS_ENDPOINT_URL")):
+            scheme, _, host = endpoint.rpartition("://")
+            filesystem = pafs.S3FileSystem(endpoint_override=host, scheme=scheme or "https")
+            return filesystem, f"{parsed.netloc}{parsed.path}".rstrip("/")
         filesystem, path = pafs.FileSystem.from_uri(uri)
     except (ValueError, OSError, NotImplementedError) as error:
         raise UserError(
@@ -43,7 +43,7 @@ def open_uri(uri: str) -> tuple[pafs.FileSystem, str]:
 
 def is_local(uri: str) -> bool:
     """Whether ``uri`` names a folder of this machine's own filesystem."""
-    return urlparse(uri).scheme in ("", "file")
+    return "://" not in uri or uri.startswith("file://")
 
 
 def join(uri: str, *parts: str) -> str:

@@ -65,6 +65,7 @@ class Tracker:
         self._names: dict[str, str] = {}
         self._runs: dict[int, str] = {}
         self._sets: dict[str, str] = {}
+        self._told: set[str] = set()
         self._monitor: SystemMetricsMonitor | None = None
 
     # --- the sweep --------------------------------------------------------------------------
@@ -164,10 +165,13 @@ class Tracker:
         """Opens the child run of an expert set."""
         if key in self._sets:
             return
-        existing = self._search(f"tags.`ftd.expert_set` = '{key}'")
+        existing = self._search(f"tags.`ftd.kind` = 'experts' AND tags.`ftd.expert_set` = '{key}'")
         if existing:
             self._sets[key] = existing[0]
-            self._reopen(existing[0])
+            if self._client.get_run(existing[0]).info.status == "FINISHED":
+                self._told.add(key)  # by an earlier session
+            else:
+                self._reopen(existing[0])
             return
         short = {self._names.get(k, k): v for k, v in varied.items()}
         label = ", ".join(f"{k} {v}" for k, v in short.items())
@@ -186,17 +190,18 @@ class Tracker:
         self._client.log_dict(run.info.run_id, identity, "identity.json")
 
     def experts_done(
-        self, key: str, *, built: int, reused: int, seconds: float, curve: dict[int, float]
+        self, key: str, *, built: int, of: int, seconds: float, curve: dict[int, float]
     ) -> None:
-        """What an expert set cost, and its mean validation accuracy by epoch."""
+        """Closes the run of a set: what it cost, and its mean validation accuracy by epoch."""
         run_id = self._sets.get(key)
-        if run_id is None:  # of an earlier session, which told it all
+        if run_id is None or key in self._told:
             return
+        self._told.add(key)
         now = _now()
         metrics = [Metric("expert_val_accuracy", v, now, e) for e, v in sorted(curve.items())]
         metrics += [
             Metric("experts_built", built, now, 0),
-            Metric("experts_reused", reused, now, 0),
+            Metric("experts_reused", of - built, now, 0),
             Metric("seconds", seconds, now, 0),
         ]
         for start in range(0, len(metrics), 1000):

@@ -9,7 +9,7 @@ waiting trial costs a tenth of the memory and starts at once.
 """
 
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -129,13 +129,26 @@ class SweepTrial(tune.Trainable):
 
 
 def evaluate_finally(
-    specs: "list[FinalSpec]", networks: int, *, cpus: float, gpus: float, at_once: int
+    specs: "list[FinalSpec]",
+    networks: int,
+    *,
+    cpus: float,
+    gpus: float,
+    at_once: int,
+    tick: Callable[[], None],
 ) -> list[list[tuple[float, float]]]:
-    """(validation, test) accuracies of ``networks`` fresh networks for every spec, in parallel."""
+    """(validation, test) accuracies of ``networks`` fresh networks for every spec, in parallel.
+
+    ``tick`` is called again and again while it lasts.
+    """
     from ftd_ray.trial import final_scores
 
     task = ray.remote(final_scores).options(num_cpus=cpus, num_gpus=gpus, max_retries=3)
     size = -(-networks // max(1, at_once))
     shares = [range(i, min(i + size, networks)) for i in range(0, networks, size)]
     pending = [[task.remote(spec, share) for share in shares] for spec in specs]
+    waiting = [ref for refs in pending for ref in refs]
+    while waiting:
+        _, waiting = ray.wait(waiting, timeout=0.5)
+        tick()
     return [[score for part in ray.get(refs) for score in part] for refs in pending]

@@ -152,11 +152,22 @@ def test_every_value_of_a_dimension_is_checked_not_the_first_alone():
     assert message.startswith("distill.ema_decay=1.5")
 
 
-def test_points_are_the_whole_product_of_a_discrete_space():
+def test_telling_points_hold_every_value_of_every_dimension():
     config = parse_config(tiny())
-    assert sorted(tuple(p.values()) for p in config.points()) == [
-        (0.0, 10), (0.0, 100), (0.01, 10), (0.01, 100),
-    ]  # fmt: skip
+    points = list(config.telling_points())
+    for d in config.space:
+        assert {p[d.key] for p in points} == set(d.values)
+
+
+def test_telling_points_hold_every_combination_of_keys_that_are_ruled_together():
+    tree = tiny(
+        experts__epochs={"choice": [8, 9]},
+        distill__max_start_epoch={"int": [1, 4]},
+        distill__expert_epochs={"choice": [1, 2]},
+    )
+    keys = ("experts.epochs", "distill.max_start_epoch", "distill.expert_epochs")
+    points = parse_config(tree).telling_points()
+    assert len({tuple(p[k] for k in keys) for p in points}) == 2 * 4 * 2
 
 
 def test_at_puts_a_point_in_the_place_of_its_dimensions():
@@ -501,7 +512,7 @@ def test_resolved_configuration_round_trips(changes):
     again = parse_config(yaml.safe_load(yaml.safe_dump(resolved)))
     assert again.resolved() == resolved
     assert again.space == config.space
-    for params in config.points():
+    for params in config.telling_points():
         assert again.at(params) == config.at(params)
 
 

@@ -1,0 +1,109 @@
+"""Joining or starting Ray, and whether the cluster can do what a sweep asks of it."""
+
+import logging
+import os
+import socket
+import time
+import warnings
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from ftd.errors import UserError
+from ftd_ray.broker import capacity
+from ftd_ray.config import SweepConfig
+from ftd_ray.plan import lacking
+from ftd_ray.storage import is_local, join, write_bytes
+
+
+def start_ray(address: str | None) -> None:
+    """Joins or starts Ray, quietly: what is worth saying, the driver says itself."""
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled" if address is None else "")
+    if not os.environ["RAY_AUTH_MODE"]:
+        del os.environ["RAY_AUTH_MODE"]
+    for key, value in {
+        "RAY_DEDUP_LOGS": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+        "TUNE_DISABLE_SIGINT_HANDLER": "1",
+        "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+        "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+        "RAY_AIR_NEW_OUTPUT": "0",
+    }.items():
+        os.environ.setdefault(key, value)
+    warnings.filterwarnings("ignore")
+    if address is not None:
+        _check_answers(address)
+    options: dict[str, Any] = {"address": address or "local"}
+    if address is None:
+        options["include_dashboard"] = False
+    try:
+        ray.init(
+            log_to_driver=False, logging_level=logging.ERROR, configure_logging=True, **options
+        )
+    except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+        if address is None:
+            raise UserError(f"Ray could not be started here ({error}).") from error
+        raise UserError(
+            f"no Ray cluster answers at {address} ({error}). "
+            "Correct --address or RAY_ADDRESS, or leave both out for a local one."
+        ) from error
+    for name in ("ray", "ray.tune"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def _check_answers(address: str) -> None:
+    """Ray tries for minutes to reach a cluster that is not there."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdigit():  # such as auto
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except OSError as error:
+        raise UserError(
+            f"no Ray cluster answers at {address} ({error.strerror or error}). "
+            "Correct --address or RAY_ADDRESS, or leave both out for a local one."
+        ) from error
+
+
+def check_cluster(config: SweepConfig) -> None:
+    """Raises UserError when no node can run a worker, or when local places are not shared."""
+    nodes = [n for n in ray.nodes() if n["Alive"]]
+    missing = lacking(config, capacity())
+    if missing:
+        raise UserError(f"{missing[0]} in the cluster. Lower resources.*, or add such nodes.")
+    if capacity() == dict(ray.cluster_resources()):  # it will not grow: one node must do
+        short = [lacking(config, n["Resources"]) for n in nodes]
+        if all(short):
+            raise UserError(
+                f"{short[0][0]} on any one node. Lower resources.*, or add larger nodes."
+            )
+    if len(nodes) > 1:
+        _check_shared(config, nodes)
+
+
+def _check_shared(config: SweepConfig, nodes: list[dict[str, Any]]) -> None:
+    """Local places must be the same place on every node: a probe file tells."""
+    for key, uri in (
+        ("store.uri", config.store.uri),
+        ("output.dir", config.output_dir),
+    ):
+        if not is_local(uri):
+            continue
+        name = f".probe-{os.getpid()}-{time.time_ns()}"
+        write_bytes(join(uri, name), b"")
+        try:
+            sees = ray.remote(os.path.exists)
+            for node in nodes:
+                strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+                place = {"num_cpus": 0, "scheduling_strategy": strategy}
+                there = sees.options(**place).remote(join(uri, name))
+                if not ray.get(there):
+                    raise UserError(
+                        f"{key}={uri} is not the same folder on node "
+                        f"{node['NodeManagerAddress']}. Give a place that all nodes share, "
+                        "such as s3://."
+                    )
+        finally:
+            os.unlink(join(uri, name))

@@ -1,0 +1,104 @@
+"""The sweep's folder: what an earlier run left there, and whether this one may go on with it."""
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import yaml
+
+from ftd.errors import UserError
+from ftd.expert import Numerics
+from ftd_ray.config import SweepConfig
+from ftd_ray.results import result_text
+from ftd_ray.storage import is_local, join, read_bytes
+
+CHANGEABLE = (
+    "search.trials", "search.concurrency", "resources", "tracking", "output", "store",
+    "dataset.root", "dataset.download",
+)  # fmt: skip
+"""What a resumed sweep may have otherwise than the saved one."""
+
+
+def saved_sweep(config: SweepConfig) -> dict[str, Any] | None:
+    """The configuration of the sweep that the folder holds, if it holds one."""
+    place = join(config.output_dir, "sweep.yaml")
+    text = read_bytes(place)
+    if text is None:
+        return None
+    try:
+        saved = yaml.safe_load(text)
+    except yaml.YAMLError:
+        saved = None
+    if not isinstance(saved, dict):
+        raise UserError(f"{place} is damaged. Restore it from a copy, or give another output.dir.")
+    return saved
+
+
+def finished_summary(config: SweepConfig) -> dict[str, Any] | None:
+    """The summary of a finished sweep of as many trials as are asked for.
+
+    A summary that cannot be read is none: the study knows all that it said.
+    """
+    text = read_bytes(join(config.output_dir, "summary.json"))
+    try:
+        summary = json.loads(text or b"{}")
+        trials, state = summary["trials"], summary["state"]
+        nothing_usable = state == "failed" and not trials["complete"]
+        over = (state == "done" or nothing_usable) and (
+            sum(trials.values()) >= config.search.trials
+        )
+        result_text(summary, config.space)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return summary if over else None
+
+
+def check_same(saved: dict[str, Any], config: SweepConfig) -> None:
+    """A resumed sweep must search the same space of the same data by the same rules."""
+
+    def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+        if isinstance(tree, dict) and prefix.count(".") < 2:
+            inner = [flat(v, f"{prefix}{k}.") for k, v in tree.items()]
+            return {k: v for one in inner for k, v in one.items()}
+        return {prefix.rstrip("."): tree}
+
+    now = yaml.safe_load(yaml.safe_dump(config.resolved()))
+    before, after = flat(saved), flat(now)
+    r = config.resources
+    for kind, numerics in (("expert", r.expert_numerics), ("trial", r.trial_numerics)):
+        cpus, gpus = (before.get(f"resources.{unit}_per_{kind}", 0) for unit in ("cpus", "gpus"))
+        was = Numerics.on("cuda" if gpus else "cpu", max(1, int(cpus)))
+        if was != numerics:  # other bits: other experts, and checkpoints that do not fit
+            raise UserError(
+                f"{config.output_dir} was started with a {kind} on {was.device} with {was.threads} "
+                f"threads, and now it is {numerics.device} with {numerics.threads}. Resume with "
+                f"the same resources.*_per_{kind}, or give another output.dir."
+            )
+    for key in sorted({*before, *after}):
+        allowed = any(key == c or key.startswith(f"{c}.") for c in CHANGEABLE)
+        if not allowed and before.get(key) != after.get(key):
+            raise UserError(
+                f"{config.output_dir} was started with {key}={before.get(key)!r}, and now it is "
+                f"{after.get(key)!r}. Resume with the same, or give another output.dir."
+            )
+
+
+@contextlib.contextmanager
+def only_one(folder: str) -> Iterator[None]:
+    """Two drivers of one local folder would take each other's trials for interrupted ones."""
+    if not is_local(folder):
+        yield
+        return
+    os.makedirs(folder, exist_ok=True)
+    with open(join(folder, ".lock"), "w") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(
+                f"{folder} is being worked on by another process. Wait for it, or give another "
+                "output.dir."
+            ) from None
+        yield
