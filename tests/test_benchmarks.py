@@ -6,7 +6,7 @@ SMALL = Case("IPC 1, N = 50", "ConvNetD3", 1, 50)
 
 
 def test_the_two_variants_are_compared_only_when_they_give_the_same_gradients() -> None:
-    assert 0 < relative_error(Case("small", "ConvNetD3", 1, 4)) < 1e-4
+    assert 0 <= relative_error(Case("small", "ConvNetD3", 1, 4)) < 1e-10
 
 
 def test_a_case_is_the_same_step_at_every_call() -> None:
@@ -31,4 +31,4 @@ def test_the_page_shows_medians_spread_and_conditions() -> None:
 
 def test_a_measurement_runs_in_a_process_of_its_own() -> None:
     found = in_a_process(SMALL, "rematerialised", threads=1)
-    assert found["seconds"] > 0 and found["mib"] > 0
+    assert found["seconds"] > 0 and found["mib"] > 10
