@@ -178,11 +178,16 @@ def evaluate_random_real(
     """The baseline: each network gets its own draw of ``ipc`` real training images a class."""
     accuracies = []
     for i in networks:
-        picks = draw_real(data.train, ipc, generator(seed, "random_real", i))
-        images, labels = data.train.batch(picks), data.train.labels[picks]
+        images, labels = random_real(data, ipc, seed=seed, index=i)
         w = train_fresh(network, images, labels, lr, protocol, seed=seed, index=i)
         accuracies.append(accuracy(network, w, split))
     return Score(tuple(accuracies))
+
+
+def random_real(data: Dataset, ipc: int, *, seed: int, index: int) -> tuple[Tensor, Tensor]:
+    """The real images (K * ipc, C, H, W) and labels that fresh network ``index`` trains on."""
+    picks = draw_real(data.train, ipc, generator(seed, "random_real", index))
+    return data.train.batch(picks), data.train.labels[picks]
 
 
 def draw_real(split: Split, ipc: int, gen: torch.Generator) -> Tensor:

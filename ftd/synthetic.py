@@ -114,6 +114,12 @@ class SyntheticSet:
         """A picture of the set in pixel space: a column a class, a row an image of it."""
         return grid(self.pixels(), self.hard_labels, len(self.class_names), cell, per_class)
 
+    def png(self, *, cell: int = 96, per_class: int = 10) -> bytes:
+        """The grid as the bytes of a PNG file."""
+        buffer = io.BytesIO()
+        self.grid(cell=cell, per_class=per_class).save(buffer, "PNG")
+        return buffer.getvalue()
+
     def export_folder(self, folder: str | os.PathLike[str]) -> int:
         """Writes ``CLASS/number.png`` in pixel space, for any image tool; returns how many.
 

@@ -45,10 +45,7 @@ def start_ray(address: str | None) -> None:
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
         if address is None:
             raise UserError(f"Ray could not be started here ({error}).") from error
-        raise UserError(
-            f"no Ray cluster answers at {address} ({error}). "
-            "Correct --address or RAY_ADDRESS, or leave both out for a local one."
-        ) from error
+        raise _unreachable(address, error) from error
     for name in ("ray", "ray.tune"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
@@ -61,10 +58,14 @@ def _check_answers(address: str) -> None:
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
     except OSError as error:
-        raise UserError(
-            f"no Ray cluster answers at {address} ({error.strerror or error}). "
-            "Correct --address or RAY_ADDRESS, or leave both out for a local one."
-        ) from error
+        raise _unreachable(address, error.strerror or error) from error
+
+
+def _unreachable(address: str, reason: object) -> UserError:
+    return UserError(
+        f"no Ray cluster answers at {address} ({reason}). "
+        "Correct --address or RAY_ADDRESS, or leave both out for a local one."
+    )
 
 
 def check_cluster(config: SweepConfig) -> None:

@@ -1,7 +1,6 @@
 """One run of a sweep: search, final evaluation, summary. What it is told, it tells on."""
 
 import contextlib
-import copy
 import io
 import json
 import pickle
@@ -124,7 +123,7 @@ class Sweep:
                 f"{self.plan.data.fingerprint[:8]}). Restore them, or give another output.dir."
             )
         self.study.remember("data", self.plan.data.fingerprint)
-        self._status_before = copy.deepcopy(self._ask_broker())
+        self._status_before = self._ask_broker()
         self._seconds_before = float(self.study.recall("seconds") or 0.0)
         self._experts_before = self.study.recall("experts") or {}
         ended = self.study.ended()
@@ -417,9 +416,7 @@ class Sweep:
             self.tracker.log_summary(summary)
 
     def _best_files(self, synthetic: SyntheticSet) -> dict[str, bytes]:
-        picture = io.BytesIO()
-        synthetic.grid().save(picture, "PNG")
-        return {"synthetic.npz": synthetic.to_bytes(), "synthetic.png": picture.getvalue()}
+        return {"synthetic.npz": synthetic.to_bytes(), "synthetic.png": synthetic.png()}
 
     def _interrupted(self) -> None:
         with contextlib.suppress(Exception):

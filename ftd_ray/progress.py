@@ -18,7 +18,8 @@ class Progress:
     def __init__(self, console: Console, trials: int, concurrency: int, names: dict[str, str]):
         self._console, self._names = console, names
         self._trials, self._concurrency = trials, concurrency
-        self._running: dict[int, tuple[float, int]] = {}
+        self._began: dict[int, float] = {}
+        """Running trial -> when it started."""
         self._ended: list[Ended] = []
         self._durations: list[float] = []
         self._experts: dict[str, SetProgress] = {}
@@ -47,13 +48,11 @@ class Progress:
         self._ended += ended
 
     def trial_started(self, suggestion: Suggestion) -> None:
-        self._running[suggestion.number] = (time.monotonic(), 0)
+        self._began[suggestion.number] = time.monotonic()
         again = f" (repeat {suggestion.repeat}: another seed)" if suggestion.repeat else ""
         self.say(f"trial {suggestion.number:3d}  {self._text(suggestion.params)}{again}")
 
     def trial_reported(self, number: int, report: Report) -> None:
-        began, _ = self._running[number]
-        self._running[number] = (began, report.step)
         last = report.curve[-1]
         self.say(
             f"trial {number:3d}  step {report.step:5d}  "
@@ -62,8 +61,8 @@ class Progress:
         )
 
     def trial_ended(self, ended: Ended) -> None:
-        began, _ = self._running.pop(ended.number, (time.monotonic(), 0))
-        self._durations.append(time.monotonic() - began)
+        now = time.monotonic()
+        self._durations.append(now - self._began.pop(ended.number, now))
         self._ended.append(ended)
         tail = f": {ended.reason}" if ended.reason else ""
         score = "" if ended.value is None else f" at {100 * ended.value:.1f} %"
@@ -105,7 +104,7 @@ class Progress:
         counts = {s: sum(e.state == s for e in self._ended) for s in ("complete", "pruned")}
         failed = len(self._ended) - sum(counts.values())
         trials = (
-            f"trials     {len(self._ended)}/{self._trials}: {len(self._running)} running, "
+            f"trials     {len(self._ended)}/{self._trials}: {len(self._began)} running, "
             f"{counts['complete']} complete, {counts['pruned']} pruned"
             + (f", {failed} failed" if failed else "")
             + self._eta()

@@ -19,12 +19,12 @@ from ftd.distill import DistillConfig, DistillState, StepRecord, distill
 from ftd.evaluate import (
     EvaluateConfig,
     Protocol,
-    draw_real,
     evaluate,
+    random_real,
     train_fresh,
 )
 from ftd.expert import Numerics, accuracy, network_for
-from ftd.seeds import derive_seed, generator
+from ftd.seeds import derive_seed
 from ftd.synthetic import SyntheticSet
 from ftd.trajectory import ExpertSet
 from ftd_ray.storage import join, read_bytes, remove_tree, write_bytes
@@ -128,8 +128,7 @@ def run_trial(spec: TrialSpec) -> Iterator[Report]:
         result = synthetic_set(spec, data, state)
         if done:
             write_bytes(spec.result, result.to_bytes())
-        picture = io.BytesIO()
-        result.grid(cell=64, per_class=PREVIEW_PER_CLASS).save(picture, "PNG")
+        picture = result.png(cell=64, per_class=PREVIEW_PER_CLASS)
         now = time.monotonic()
         yield Report(
             step=record.step,
@@ -137,7 +136,7 @@ def run_trial(spec: TrialSpec) -> Iterator[Report]:
             val_std=score.std,
             curve=tuple(curve),
             seconds=now - began,
-            picture=picture.getvalue(),
+            picture=picture,
             done=done,
         )
         if not done:  # whoever asks for more has the report on record
@@ -186,7 +185,8 @@ def synthetic_set(spec: TrialSpec, data: Dataset, state: DistillState) -> Synthe
 def save_checkpoint(spec: TrialSpec, state: DistillState) -> None:
     """Keeps all that the trial goes on from."""
     buffer = io.BytesIO()
-    np.savez(buffer, spec=np.array(_fingerprint(spec)), **state.arrays())  # type: ignore[arg-type]
+    arrays: dict[str, Any] = {"spec": np.array(_fingerprint(spec)), **state.arrays()}
+    np.savez(buffer, **arrays)
     write_bytes(spec.checkpoint, buffer.getvalue())
 
 
@@ -236,8 +236,7 @@ def final_scores(spec: FinalSpec, networks: Sequence[int]) -> list[tuple[float, 
             lr = synthetic.syn_lr
         else:
             ipc = len(synthetic.images) // len(synthetic.class_names)
-            picks = draw_real(data.train, ipc, generator(seed, "random_real", i))
-            images, labels = data.train.batch(picks), data.train.labels[picks]
+            images, labels = random_real(data, ipc, seed=seed, index=i)
             lr = spec.baseline_lr
         w = train_fresh(network, images, labels, lr, synthetic.protocol, seed=seed, index=i)
         scores.append((accuracy(network, w, data.val), accuracy(network, w, data.test)))
