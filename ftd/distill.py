@@ -6,8 +6,11 @@ matching loss for images, eta and (soft) labels, and descends by SGD with moment
 is evaluated and saved is the exponential moving average of the images.
 """
 
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 from typing import Protocol as TypingProtocol
 
 import numpy as np
@@ -181,6 +184,8 @@ class StepRecord:
     """Of the images."""
     expert: int
     start_epoch: int
+    waited: float = field(default=0.0, compare=False)
+    """Seconds that the step waited for its segment."""
 
 
 def initial_state(
@@ -245,19 +250,16 @@ def distill(
         state = initial_state(config, data, trajectories, network, epochs=epochs, seed=seed)
     device = state.images.device
     n = len(state.images)
-    for step in range(state.step + 1, config.iterations + 1):
-        gen = generator(seed, "step", step)
-        expert = _randint(trajectories.experts, gen)
-        t = _randint(config.max_start_epoch, gen)
-        start, target = trajectories.segment(expert, t, t + config.expert_epochs)
+    for pick in _picks(config, trajectories, seed, state.step + 1):
+        step = pick.step
         result = match(
             loss_fn,
-            _tensor(start, device),
-            _tensor(target, device),
+            _tensor(pick.start, device),
+            _tensor(pick.target, device),
             state.images,
             state.labels,
             state.syn_lr,
-            draw_inner_steps(config, n, data.strategy, gen, device),
+            draw_inner_steps(config, n, data.strategy, pick.gen, device),
         )
         state = _descend(config, state, step, result)
         record = StepRecord(
@@ -265,8 +267,9 @@ def distill(
             loss=result.loss.item(),
             syn_lr=state.syn_lr.item(),
             grad_norm=result.grad_images.norm().item(),
-            expert=expert,
-            start_epoch=t,
+            expert=pick.expert,
+            start_epoch=pick.start_epoch,
+            waited=pick.waited,
         )
         if not np.isfinite([record.loss, record.grad_norm, record.syn_lr]).all():
             raise Diverged(
@@ -279,6 +282,42 @@ def distill(
                 f"0. Lower distill.lr_lr={config.lr_lr:g}, or raise lr_init={config.lr_init:g}."
             )
         yield state, record
+
+
+@dataclass(frozen=True, eq=False)
+class _Pick:
+    """The segment of an outer step, and the generator of the step's further draws."""
+
+    step: int
+    gen: torch.Generator
+    expert: int
+    start_epoch: int
+    start: np.ndarray
+    target: np.ndarray
+    waited: float
+
+
+def _picks(
+    config: DistillConfig, trajectories: Trajectories, seed: int, first: int
+) -> Iterator[_Pick]:
+    """The segments of the outer steps; the next one is read while the current step computes."""
+    with ThreadPoolExecutor(1, "prefetch") as reader:
+
+        def order(step: int) -> tuple[Any, ...]:
+            gen = generator(seed, "step", step)
+            expert = _randint(trajectories.experts, gen)
+            t = _randint(config.max_start_epoch, gen)
+            reading = reader.submit(trajectories.segment, expert, t, t + config.expert_epochs)
+            return step, gen, expert, t, reading
+
+        coming = order(first) if first <= config.iterations else None
+        while coming is not None:
+            step, gen, expert, t, reading = coming
+            began = time.perf_counter()
+            start, target = reading.result()
+            waited = time.perf_counter() - began
+            coming = order(step + 1) if step < config.iterations else None
+            yield _Pick(step, gen, expert, t, start, target, waited)
 
 
 def draw_inner_steps(

@@ -129,16 +129,21 @@ class Numerics:
 
 
 def identity(
-    config: ExpertConfig, data: Description, strategy: str, numerics: Numerics
+    config: ExpertConfig,
+    data: Description,
+    strategy: str,
+    numerics: Numerics,
+    precision: str = "float32",
 ) -> dict[str, Any]:
-    """All that shapes an expert's weights; not how many experts or epochs are wanted."""
+    """All that shapes an expert's weights, and the ``precision`` that snapshots are kept in; not
+    how many experts or epochs are wanted."""
     shaped = {f.name for f in fields(config)} - {"count", "epochs"}
     experts = {k: v for k, v in asdict(config).items() if k in shaped}
     if config.radius == 0:  # plain SGD by whatever name
         experts |= {"sharpness": "none", "rho": 0.0, "sharpness_weight": 1.0, "gsam_alpha": 0.0}
     elif config.sharpness.startswith("gsam") and config.gsam_alpha == 0:
         experts["sharpness"] = "sam" if config.sharpness == "gsam" else "asam"
-    return {
+    who = {
         "schema": SCHEMA_VERSION,
         "data": {
             "name": data.name,
@@ -150,6 +155,7 @@ def identity(
         "experts": experts,
         "numerics": asdict(numerics) | {"precision": "float32", "torch": str(torch.__version__)},
     }
+    return who if precision == "float32" else who | {"snapshots": precision}
 
 
 @dataclass(frozen=True, eq=False)

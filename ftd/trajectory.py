@@ -4,26 +4,34 @@ A set is a folder on any ``pyarrow.fs`` filesystem:
 
     set.json                              what the experts are (``ftd.expert.identity``)
     expert-0007/part-0000-0005-<sum>.parquet
-    expert-0007/manifest-00005.json       parts, sizes and checksums up to epoch 5
+    expert-0007/manifest-00005-<sum>.json parts, sizes and checksums up to epoch 5
+    quarantine/expert-0003-<time>/        damaged experts, out of the way
 
 One row and one row group an epoch, so that reading a segment touches two row groups. A part is
-visible once a manifest names it: a manifest is written last, in one put, and is never
-overwritten; an expert that trains on gets further parts and a further manifest. Part names carry
-their checksum, so two writers of the same bits write the same file and others cannot collide.
+visible once a manifest names it, and a manifest is written last, in one put; an expert that trains
+on gets further parts and a further manifest. Names carry their file's checksum, so nothing is ever
+overwritten, not even on an object store that two clusters write to: writers of the same bits write
+the same files, and of two manifests of as many epochs the one published first counts. A writer
+that finds itself overtaken is told (``Overtaken``) and goes on from what was published.
+
+Snapshots may be kept in fewer bits than training has (``PRECISIONS``); what training resumes from
+is always whole, in float32.
 
 Importing this module imports no torch, so that those who only look after files stay small.
 """
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
 import os
 import re
+import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -46,15 +54,22 @@ PART_EPOCHS = 5
 OPEN_FILES = 64
 """Parts that a reader keeps open."""
 
+PRECISIONS = ("float32", "float16", "bfloat16")
+"""Of the snapshots on disk; readers get float32 whatever it is."""
+
 _SCHEMA = pa.schema(
     [
         ("epoch", pa.int32()),
         ("train_loss", pa.float64()),
         ("val_accuracy", pa.float64()),
-        ("params", pa.large_binary()),  # P little-endian float32
+        ("params", pa.large_binary()),  # P little-endian numbers of the set's precision
         ("momentum", pa.large_binary()),  # of a part's last row only: what training resumes from
     ]
 )
+_WHOLE = pa.field("params_float32", pa.large_binary())  # likewise, where params has fewer bits
+
+_MANIFEST = re.compile(r"manifest-(\d{5})(-[0-9a-f]{12})?\.json")
+_EXPERT = re.compile(r"expert-(\d{4,})")
 
 
 def set_key(identity: dict[str, Any]) -> str:
@@ -65,6 +80,10 @@ def set_key(identity: dict[str, Any]) -> str:
 
 class DamagedError(UserError):
     """A file of the set is not what its manifest says. The message names the file."""
+
+
+class Overtaken(UserError):
+    """What an expert's writer trained on is no longer what is published of it: go on from that."""
 
 
 @dataclass(frozen=True)
@@ -96,11 +115,7 @@ class Manifest:
     def from_json(cls, text: str, where: str) -> "Manifest":
         try:
             value = json.loads(text)
-            if value["schema"] != SCHEMA_VERSION:
-                raise UserError(
-                    f"{where} has schema version {value['schema']}; this program reads version "
-                    f"{SCHEMA_VERSION}. Use the version that wrote it, or another store."
-                )
+            _check_schema(value["schema"], where)
             value["parts"] = tuple(Part(**p) for p in value["parts"])
             ends = [-1, *(p.last for p in value["parts"])]
             if [p.first - 1 for p in value["parts"]] != ends[:-1] or ends[-1] != value["epochs"]:
@@ -111,6 +126,21 @@ class Manifest:
 
     def part_of(self, epoch: int) -> Part:
         return next(p for p in self.parts if p.first <= epoch <= p.last)
+
+
+class _End(NamedTuple):
+    """The last epoch that a writer has of an expert: what its next one is trained on from."""
+
+    epoch: int
+    bits: str
+    """Digest of the float32 parameters."""
+    part: str = ""
+    """The published file that is known to hold it."""
+
+    @classmethod
+    def of(cls, snapshot: "Snapshot", part: str = "") -> "_End":
+        digest = hashlib.sha256(_bytes(snapshot.params_P)).hexdigest()
+        return cls(snapshot.epoch, digest, part)
 
 
 class ExpertSet:
@@ -130,54 +160,89 @@ class ExpertSet:
                 raise UserError(f"{path} is not an expert set: it has no set.json.")
             self.identity = identity
         else:
+            where = f"{self.path}/set.json"
             try:
-                self.identity = json.loads(found)["identity"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise DamagedError(f"{self.path}/set.json is damaged ({error!r}).") from error
+                value = json.loads(found)
+                _check_schema(value.get("schema", SCHEMA_VERSION), where)
+                self.identity = value["identity"]
+                set_key(self.identity)
+            except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+                raise DamagedError(f"{where} is damaged ({error!r}).") from error
             if identity is not None and self.identity != json.loads(json.dumps(identity)):
                 raise UserError(
                     f"{path} holds experts of another configuration (key "
                     f"{set_key(self.identity)}, wanted {set_key(identity)}). Use another folder."
                 )
         self.key = set_key(self.identity)
+        self.precision: str = self.identity.get("snapshots", "float32")
         self._files: dict[str, pq.ParquetFile] = {}
         self._manifests: dict[int, Manifest] = {}
+        self._base: dict[int, _End] = {}
+        """Expert -> what its writer, this object, trains on from."""
 
     # --- reading ----------------------------------------------------------------------------
 
     def manifest(self, expert: int) -> Manifest | None:
-        """The furthest published manifest of an expert, or None."""
-        folder = f"{self.path}/expert-{expert:04d}"
+        """The furthest published manifest of an expert, the first of its length; or None."""
+        folder = self.folder(expert)
         files = self.fs.get_file_info(pafs.FileSelector(folder, allow_not_found=True))
-        names = [f.base_name for f in files]
-        newest = max((n for n in names if re.fullmatch(r"manifest-\d{5}\.json", n)), default=None)
-        if newest is None:
-            return None
-        where = f"{folder}/{newest}"
+        names = manifest_names(files)
+        return self.read_manifest(expert, names[0]) if names else None
+
+    def read_manifest(self, expert: int, name: str) -> Manifest | None:
+        """One manifest of an expert, checked; None if it is gone, because it was quarantined."""
+        where = f"{self.folder(expert)}/{name}"
         text = self._read_text(where)
-        manifest = Manifest.from_json(text or "", where)
+        if text is None:
+            return None
+        manifest = Manifest.from_json(text, where)
         if manifest.set != self.key or manifest.expert != expert:
             raise DamagedError(
                 f"{where} belongs to expert {manifest.expert} of set {manifest.set}, "
                 f"not to expert {expert} of set {self.key}."
             )
+        match = _MANIFEST.fullmatch(name)
+        if match and match[2] and match[2] != f"-{_short_sum(text.encode())}":
+            raise DamagedError(f"{where} is damaged: it has another checksum than its name says.")
         return manifest
+
+    def experts(self) -> list[int]:
+        """Experts that have a folder, published or not, in order."""
+        folders = self.fs.get_file_info(pafs.FileSelector(self.path, allow_not_found=True))
+        return sorted(int(m[1]) for f in folders if (m := _EXPERT.fullmatch(f.base_name)))
 
     def complete(self, epochs: int) -> list[int]:
         """Experts that are published up to ``epochs`` at least, in order."""
-        folders = self.fs.get_file_info(pafs.FileSelector(self.path, allow_not_found=True))
-        numbers = sorted(
-            int(m[1]) for f in folders if (m := re.fullmatch(r"expert-(\d{4,})", f.base_name))
-        )
-        manifests = {i: self.manifest(i) for i in numbers}
+        manifests = {i: self.manifest(i) for i in self.experts()}
         return [i for i, m in manifests.items() if m is not None and m.epochs >= epochs]
 
     def segment(self, expert: int, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-        """Parameters (P,), float32, of an expert at two epochs."""
-        return self.params(expert, start), self.params(expert, end)
+        """Parameters (P,), float32, of an expert at two epochs of one and the same trajectory.
+
+        They are read by one manifest. Where its files are gone, because the expert was
+        quarantined and trained anew, both come from the new one.
+        """
+        try:
+            return self._segment(expert, start, end)
+        except DamagedError:
+            if self.manifest(expert) == self._forget(expert):
+                raise
+            return self._segment(expert, start, end)
+
+    def _segment(self, expert: int, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        last = self.params(expert, end)
+        return (last if start == end else self.params(expert, start)), last
 
     def params(self, expert: int, epoch: int) -> np.ndarray:
         """Parameters (P,), float32, of an expert after ``epoch`` epochs."""
+        part = self.part(expert, epoch)
+        table = self._row_group(expert, part, epoch - part.first, ["epoch", "params"])
+        if table.column("epoch")[0].as_py() != epoch:
+            raise DamagedError(f"{self._part_path(expert, part)} has its epochs out of order.")
+        return _decode_params(table.column("params")[0].as_buffer(), self.precision)
+
+    def part(self, expert: int, epoch: int) -> Part:
+        """The published file that holds an epoch of an expert."""
         if expert not in self._manifests or self._manifests[expert].epochs < epoch:
             manifest = self.manifest(expert)
             if manifest is None or manifest.epochs < epoch:
@@ -187,21 +252,20 @@ class ExpertSet:
                     "Train it further."
                 )
             self._manifests[expert] = manifest
-        part = self._manifests[expert].part_of(epoch)
-        table = self._row_group(expert, part, epoch - part.first, ["epoch", "params"])
-        if table.column("epoch")[0].as_py() != epoch:
-            raise DamagedError(f"{self._part_path(expert, part)} has its epochs out of order.")
-        return np.frombuffer(table.column("params")[0].as_buffer(), np.float32)
+        return self._manifests[expert].part_of(epoch)
 
     def history(self, expert: int) -> list[tuple[int, float, float]]:
         """(epoch, training loss, validation accuracy) of every published epoch."""
         manifest = self.manifest(expert)
-        rows = []
+        rows: list[tuple[int, float, float]] = []
         for part in manifest.parts if manifest else ():
-            columns = ["epoch", "train_loss", "val_accuracy"]
-            for group in range(part.last - part.first + 1):
-                row = self._row_group(expert, part, group, columns).to_pylist()[0]
-                rows.append(tuple(row[c] for c in columns))
+            path = self._part_path(expert, part)
+            try:
+                with self._open(expert, part, pre_buffer=True) as file:  # one pass, not by rows
+                    table = file.read(columns=["epoch", "train_loss", "val_accuracy"])
+                rows += zip(*(c.to_pylist() for c in table.columns), strict=True)
+            except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
+                raise self._damage(path, part, error) from error
         return rows
 
     def resume_point(self, expert: int) -> "Snapshot | None":
@@ -209,40 +273,50 @@ class ExpertSet:
         from ftd.expert import Snapshot
 
         manifest = self.manifest(expert)
+        self._base.pop(expert, None)
         if manifest is None:
             return None
         part = manifest.parts[-1]
         row = self._row_group(expert, part, part.last - part.first, None).to_pylist()[0]
         momentum = row["momentum"]
-        return Snapshot(
+        snapshot = Snapshot(
             epoch=row["epoch"],
-            params_P=_tensor(row["params"]),
+            params_P=_tensor(row[self._resume_column]),
             momentum_P=None if momentum is None else _tensor(momentum),
             train_loss=row["train_loss"],
             val_accuracy=row["val_accuracy"],
         )
+        self._base[expert] = _End.of(snapshot, part.file)
+        return snapshot
 
     def size(self) -> int:
         """Bytes that published parts take."""
-        return sum(
-            part.bytes for i in self.complete(0) for part in (self.manifest(i) or _EMPTY).parts
-        )
+        manifests = (self.manifest(i) for i in self.experts())
+        return sum(part.bytes for m in manifests if m is not None for part in m.parts)
 
     def verify(self, expert: int) -> None:
-        """Reads every byte that the expert's manifest names. Raises DamagedError."""
+        """Reads every byte and every page that the manifest names.
+
+        Raises DamagedError, or OSError when the files cannot be reached.
+        """
         manifest = self.manifest(expert)
         for part in manifest.parts if manifest else ():
             path = self._part_path(expert, part)
+            data = self._whole(path, part)
             try:
-                with self.fs.open_input_stream(path) as stream:
-                    data = stream.read()
-            except OSError as error:
+                table = pq.read_table(io.BytesIO(data), page_checksum_verification=True)
+                epochs = table.column("epoch").to_pylist()
+            except (pa.ArrowException, KeyError, OSError) as error:
                 raise DamagedError(f"{path} cannot be read ({error}).") from error
-            if len(data) != part.bytes or hashlib.sha256(data).hexdigest() != part.sha256:
-                raise DamagedError(
-                    f"{path} is damaged: {len(data)} bytes of another checksum where the manifest "
-                    f"says {part.bytes} bytes."
-                )
+            if epochs != list(range(part.first, part.last + 1)):
+                raise DamagedError(f"{path} holds other epochs than {part.first} to {part.last}.")
+
+    def quarantine(self, expert: int) -> str:
+        """Takes an expert out of the set, to be trained anew; returns where it lies now."""
+        self._forget(expert)
+        target = f"{self.path}/quarantine/expert-{expert:04d}-{quarantine_stamp()}"
+        move_tree(self.fs, self.folder(expert), target)
+        return target
 
     # --- writing ----------------------------------------------------------------------------
 
@@ -250,32 +324,39 @@ class ExpertSet:
         """Writes ``set.json`` if it is not there."""
         if self._read_text(f"{self.path}/set.json") is None:
             self.fs.create_dir(self.path, recursive=True)
-            text = json.dumps({"identity": self.identity}, indent=1, sort_keys=True) + "\n"
-            self._put(f"{self.path}/set.json", text.encode())
+            value = {"schema": SCHEMA_VERSION, "identity": self.identity}
+            text = json.dumps(value, indent=1, sort_keys=True) + "\n"
+            put(self.fs, f"{self.path}/set.json", text.encode(), once=True)
 
     def append(self, expert: int, snapshots: "Sequence[Snapshot]") -> Manifest:
-        """Publishes further epochs of an expert; they must follow on those published."""
+        """Publishes further epochs of an expert; they must follow on those published.
+
+        Raises Overtaken when they do not, because somebody else published or removed some.
+        """
         before = self.manifest(expert)
-        if before is not None:  # what somebody published already stands: first published wins
-            there = [s for s in snapshots if s.epoch <= before.epochs]
-            snapshots = [s for s in snapshots if s.epoch > before.epochs]
-            if not snapshots:
-                return before
-            if there and self.params(expert, there[-1].epoch).tobytes() != _bytes(
-                there[-1].params_P
-            ):
-                raise UserError(
-                    f"expert {expert} of {self.path} was published by another writer with other "
-                    "bits, so its trajectory cannot be continued by this one. Train it again."
-                )
-        first, last = snapshots[0].epoch, snapshots[-1].epoch
-        expected = 0 if before is None else before.epochs + 1
-        assert first == expected, f"epoch {first} follows on {expected - 1}"
+        epochs = -1 if before is None else before.epochs
+        there = [s for s in snapshots if s.epoch <= epochs]
+        base = _End.of(there[-1]) if there else self._base.get(expert)
+        if base is not None and len(there) == len(snapshots):
+            assert before is not None
+            self._base[expert] = base  # first published wins; the next append compares
+            return before
+        snapshots = snapshots[len(there) :]
+        follows = snapshots[0].epoch == epochs + 1
+        if follows and before is not None and base is not None:
+            follows = base.epoch == epochs and (
+                base.part == before.parts[-1].file or base.bits == self._last_bits(before)
+            )
+        if not follows:
+            raise Overtaken(
+                f"expert {expert} of {self.path} was published by another writer with other bits, "
+                "or taken away, while it was trained. Train it on from what is there."
+            )
         data = _encode(self.identity, expert, snapshots)
         digest = hashlib.sha256(data).hexdigest()
-        part = Part(
-            f"part-{first:04d}-{last:04d}-{digest[:12]}.parquet", first, last, len(data), digest
-        )
+        first, last = snapshots[0].epoch, snapshots[-1].epoch
+        name = f"part-{first:04d}-{last:04d}-{digest[:12]}.parquet"
+        part = Part(name, first, last, len(data), digest)
         manifest = Manifest(
             schema=SCHEMA_VERSION,
             set=self.key,
@@ -284,12 +365,19 @@ class ExpertSet:
             parameters=snapshots[0].params_P.numel(),
             parts=(*(before.parts if before else ()), part),
         )
-        folder = f"{self.path}/expert-{expert:04d}"
+        folder = self.folder(expert)
         self.fs.create_dir(folder, recursive=True)
-        self._put(f"{folder}/{part.file}", data)
-        name = f"{folder}/manifest-{last:05d}.json"
-        self._put(name, manifest.to_json().encode(), once=True)
+        put(self.fs, f"{folder}/{part.file}", data)
+        text = manifest.to_json().encode()
+        put(self.fs, f"{folder}/manifest-{last:05d}-{_short_sum(text)}.json", text, once=True)
+        self._base[expert] = _End.of(snapshots[-1], part.file)
         return manifest
+
+    def _last_bits(self, manifest: Manifest) -> str:
+        part = manifest.parts[-1]
+        group = part.last - part.first
+        row = self._row_group(manifest.expert, part, group, [self._resume_column])
+        return hashlib.sha256(row.column(0)[0].as_buffer()).hexdigest()
 
     # --- files ------------------------------------------------------------------------------
 
@@ -299,38 +387,103 @@ class ExpertSet:
         path = self._part_path(expert, part)
         try:
             if path not in self._files:
-                file = pq.ParquetFile(
-                    self.fs.open_input_file(path), page_checksum_verification=True, pre_buffer=False
-                )
-                metadata = json.loads((file.schema_arrow.metadata or {})[b"ftd"])
-                if metadata["set"] != self.key or metadata["expert"] != expert:
-                    raise DamagedError(
-                        f"{path} holds expert {metadata['expert']} of set {metadata['set']}, "
-                        f"not expert {expert} of set {self.key}."
-                    )
+                file = self._open(expert, part)
                 while len(self._files) >= OPEN_FILES:
                     self._files.pop(next(iter(self._files))).close()
                 self._files[path] = file
             table = self._files[path].read_row_group(group, columns=columns)
-            if table.schema.names != (columns or _SCHEMA.names):
+            if table.schema.names != (columns or _schema(self.precision).names):
                 raise ValueError(f"its columns are {', '.join(table.schema.names)}")
             return table
-        except (OSError, pa.ArrowException, KeyError, ValueError) as error:
-            if isinstance(error, UserError):
-                raise
-            raise DamagedError(f"{path} cannot be read ({error}).") from error
+        except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
+            raise self._damage(path, part, error) from error
+
+    def _open(self, expert: int, part: Part, *, pre_buffer: bool = False) -> pq.ParquetFile:
+        path = self._part_path(expert, part)
+        file = pq.ParquetFile(
+            self.fs.open_input_file(path), page_checksum_verification=True, pre_buffer=pre_buffer
+        )
+        metadata = json.loads((file.schema_arrow.metadata or {})[b"ftd"])
+        if metadata["set"] != self.key or metadata["expert"] != expert:
+            raise DamagedError(
+                f"{path} holds expert {metadata['expert']} of set {metadata['set']}, "
+                f"not expert {expert} of set {self.key}."
+            )
+        return file
+
+    def _damage(self, path: str, part: Part, error: Exception) -> Exception:
+        """What an error in reading a part comes from: the file, or the way to it.
+
+        Parquet and networks raise the same errors, so the file's own bytes decide.
+        """
+        if isinstance(error, UserError):
+            return error
+        try:
+            self._whole(path, part)
+        except (OSError, DamagedError) as found:
+            return found
+        if isinstance(error, OSError):
+            return error
+        return DamagedError(f"{path} cannot be read ({error}).")
+
+    def _whole(self, path: str, part: Part) -> bytes:
+        """A part's bytes, if they are those that the manifest promises."""
+        try:
+            with self.fs.open_input_stream(path) as stream:
+                data = stream.read()
+        except OSError as error:
+            if isinstance(error, FileNotFoundError) or error.errno == errno.EIO:
+                raise DamagedError(f"{path} cannot be read ({error}).") from error
+            raise
+        if len(data) != part.bytes or hashlib.sha256(data).hexdigest() != part.sha256:
+            raise DamagedError(
+                f"{path} is damaged: {len(data)} bytes of another checksum where the manifest "
+                f"says {part.bytes} bytes."
+            )
+        return data
+
+    def _forget(self, expert: int) -> Manifest | None:
+        """Drops what is known of an expert's files; returns the manifest they were read by."""
+        for path in [p for p in self._files if p.startswith(f"{self.folder(expert)}/")]:
+            self._files.pop(path).close()
+        return self._manifests.pop(expert, None)
+
+    def folder(self, expert: int) -> str:
+        """Where an expert's files lie."""
+        return f"{self.path}/expert-{expert:04d}"
+
+    @property
+    def _resume_column(self) -> str:
+        return "params" if self.precision == "float32" else _WHOLE.name
 
     def _part_path(self, expert: int, part: Part) -> str:
-        return f"{self.path}/expert-{expert:04d}/{part.file}"
+        return f"{self.folder(expert)}/{part.file}"
 
     def _read_text(self, path: str) -> str | None:
-        if self.fs.get_file_info(path).type != pafs.FileType.File:
+        try:
+            with self.fs.open_input_stream(path) as stream:
+                return stream.read().decode(errors="replace")  # damage shows when it is parsed
+        except (FileNotFoundError, NotADirectoryError):
             return None
-        with self.fs.open_input_stream(path) as stream:
-            return stream.read().decode(errors="replace")  # damage shows when it is parsed
 
-    def _put(self, path: str, data: bytes, *, once: bool = False) -> None:
-        put(self.fs, path, data, once=once)
+
+def manifest_names(files: Iterable[pafs.FileInfo]) -> list[str]:
+    """Names of an expert's manifests; the first is the one that counts.
+
+    That is the furthest, of several as far the one published first. Clocks of object stores tick
+    in seconds, so names settle the rest.
+    """
+    found = [
+        (-int(m[1]), f.mtime_ns or 0, f.base_name)
+        for f in files
+        if (m := _MANIFEST.fullmatch(f.base_name))
+    ]
+    return [name for _, _, name in sorted(found)]
+
+
+def quarantine_stamp() -> str:
+    """What makes a name in a quarantine its own: the time and something random."""
+    return f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:4]}"
 
 
 def put(filesystem: pafs.FileSystem, path: str, data: bytes, *, once: bool = False) -> None:
@@ -364,15 +517,45 @@ def put(filesystem: pafs.FileSystem, path: str, data: bytes, *, once: bool = Fal
         raise
 
 
+def move_tree(filesystem: pafs.FileSystem, folder: str, target: str) -> None:
+    """Moves a folder; where that takes a move for each file, manifests go first."""
+    filesystem.create_dir(target.rpartition("/")[0], recursive=True)
+    if isinstance(filesystem, pafs.LocalFileSystem):
+        filesystem.move(folder, target)
+        return
+    filesystem.create_dir(target)
+    files = filesystem.get_file_info(pafs.FileSelector(folder, recursive=True))
+    names = [f.path for f in files if f.type == pafs.FileType.File]
+    for path in sorted(names, key=lambda p: not _MANIFEST.fullmatch(p.rpartition("/")[2])):
+        filesystem.move(path, f"{target}{path.removeprefix(folder)}")
+    left = filesystem.get_file_info(pafs.FileSelector(folder, recursive=True, allow_not_found=True))
+    if not any(f.type == pafs.FileType.File for f in left):  # else somebody writes there again
+        with contextlib.suppress(FileNotFoundError):
+            filesystem.delete_dir(folder)
+
+
+def _check_schema(version: object, where: str) -> None:
+    if version != SCHEMA_VERSION:
+        raise UserError(
+            f"{where} has schema version {version}; this program reads version {SCHEMA_VERSION}. "
+            "Use the version that wrote it, or another store."
+        )
+
+
+def _schema(precision: str) -> pa.Schema:
+    return _SCHEMA if precision == "float32" else _SCHEMA.append(_WHOLE)
+
+
 def _encode(identity: dict[str, Any], expert: int, snapshots: "Sequence[Snapshot]") -> bytes:
+    precision = identity.get("snapshots", "float32")
     metadata = {
         "schema": SCHEMA_VERSION,
         "set": set_key(identity),
         "expert": expert,
-        "dtype": "float32",
+        "dtype": precision,
         "identity": identity,
     }
-    schema = _SCHEMA.with_metadata({"ftd": json.dumps(metadata, sort_keys=True)})
+    schema = _schema(precision).with_metadata({"ftd": json.dumps(metadata, sort_keys=True)})
     sink = io.BytesIO()
     with pq.ParquetWriter(
         sink,
@@ -383,17 +566,45 @@ def _encode(identity: dict[str, Any], expert: int, snapshots: "Sequence[Snapshot
         write_page_checksum=True,
     ) as writer:
         for s in snapshots:
-            momentum = s.momentum_P if s is snapshots[-1] else None
-            columns = [
-                [s.epoch],
-                [s.train_loss],
-                [s.val_accuracy],
-                [_bytes(s.params_P)],
-                [None if momentum is None else _bytes(momentum)],
-            ]
-            arrays = [pa.array(c, f.type) for c, f in zip(columns, schema, strict=True)]
+            last = s is snapshots[-1]
+            row = {
+                "epoch": s.epoch,
+                "train_loss": s.train_loss,
+                "val_accuracy": s.val_accuracy,
+                "params": _encode_params(s.params_P, precision),
+                "momentum": _bytes(s.momentum_P) if last and s.momentum_P is not None else None,
+                _WHOLE.name: _bytes(s.params_P) if last else None,
+            }
+            arrays = [pa.array([row[f.name]], f.type) for f in schema]
             writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
     return sink.getvalue()
+
+
+def _encode_params(params_P: "Tensor", precision: str) -> bytes:
+    if precision == "float32":
+        return _bytes(params_P)
+    import torch
+
+    dtype = {"float16": torch.float16, "bfloat16": torch.bfloat16}[precision]
+    kept = params_P.to(dtype)
+    if not bool(kept.isfinite().all()):
+        raise UserError(
+            f"store.precision={precision} cannot hold a parameter of size "
+            f"{float(params_P.abs().max()):g}. Take bfloat16 or float32."
+        )
+    return kept.view(torch.int16).numpy().astype("<i2", copy=False).tobytes()
+
+
+def _decode_params(buffer: Any, precision: str) -> np.ndarray:
+    if precision == "float16":
+        return np.frombuffer(buffer, "<f2").astype(np.float32)
+    if precision == "bfloat16":  # the upper half of a float32
+        return (np.frombuffer(buffer, "<u2").astype(np.uint32) << 16).view(np.float32)
+    return np.frombuffer(buffer, "<f4")
+
+
+def _short_sum(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:12]
 
 
 def _bytes(tensor: "Tensor") -> bytes:
@@ -404,6 +615,3 @@ def _tensor(data: bytes) -> "Tensor":
     import torch
 
     return torch.from_numpy(np.frombuffer(data, "<f4").copy())
-
-
-_EMPTY = Manifest(SCHEMA_VERSION, "", 0, 0, 0, ())

@@ -11,8 +11,8 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ftd.errors import UserError
-from ftd_ray.broker import capacity
 from ftd_ray.config import SweepConfig
+from ftd_ray.experts.room import capacity
 from ftd_ray.plan import lacking
 from ftd_ray.storage import is_local, join, write_bytes
 
@@ -68,28 +68,31 @@ def _unreachable(address: str, reason: object) -> UserError:
     )
 
 
-def check_cluster(config: SweepConfig) -> None:
-    """Raises UserError when no node can run a worker, or when local places are not shared."""
+def check_cluster(config: SweepConfig, *, experts_only: bool = False) -> None:
+    """Raises UserError when no node can run a worker, or when local places are not shared.
+
+    With ``experts_only`` trials and the sweep's folder do not matter.
+    """
     nodes = [n for n in ray.nodes() if n["Alive"]]
-    missing = lacking(config, capacity())
+    missing = lacking(config, capacity(), experts_only=experts_only)
     if missing:
         raise UserError(f"{missing[0]} in the cluster. Lower resources.*, or add such nodes.")
     if capacity() == dict(ray.cluster_resources()):  # it will not grow: one node must do
-        short = [lacking(config, n["Resources"]) for n in nodes]
+        short = [lacking(config, n["Resources"], experts_only=experts_only) for n in nodes]
         if all(short):
             raise UserError(
                 f"{short[0][0]} on any one node. Lower resources.*, or add larger nodes."
             )
     if len(nodes) > 1:
-        _check_shared(config, nodes)
+        places = {"store.uri": config.store.uri}
+        if not experts_only:
+            places["output.dir"] = config.output_dir
+        _check_shared(places, nodes)
 
 
-def _check_shared(config: SweepConfig, nodes: list[dict[str, Any]]) -> None:
+def _check_shared(places: dict[str, str], nodes: list[dict[str, Any]]) -> None:
     """Local places must be the same place on every node: a probe file tells."""
-    for key, uri in (
-        ("store.uri", config.store.uri),
-        ("output.dir", config.output_dir),
-    ):
+    for key, uri in places.items():
         if not is_local(uri):
             continue
         name = f".probe-{os.getpid()}-{time.time_ns()}"

@@ -84,8 +84,8 @@ class ResourcesConfig:
 
     cpus_per_expert: float = 1
     """Also its threads, when it trains on CPUs: part of what an expert set is."""
-    gpus_per_expert: float = 0
-    """Above 0, experts train on a GPU."""
+    gpus_per_expert: float | Literal["auto"] = 0
+    """Above 0, experts train on a GPU. auto: as many share one as its memory holds, measured."""
     cpus_per_trial: float = 1
     """Also its threads, when it works on CPUs."""
     gpus_per_trial: float = 0
@@ -97,15 +97,20 @@ class ResourcesConfig:
                 raise UserError(f"resources.{key}={getattr(self, key)} must be above 0.")
         for key in ("gpus_per_expert", "gpus_per_trial"):
             value = getattr(self, key)
-            if not 0 <= value <= 1:
+            if value != "auto" and not 0 <= value <= 1:
                 raise UserError(
                     f"resources.{key}={value} must lie from 0 to 1: a worker uses one GPU or a "
                     "share of it."
                 )
 
     @property
+    def expert_gpus(self) -> float | None:
+        """GPUs of an expert; None for a share that the fleet measures."""
+        return None if self.gpus_per_expert == "auto" else float(self.gpus_per_expert)
+
+    @property
     def expert_numerics(self) -> Numerics:
-        return _numerics(self.cpus_per_expert, self.gpus_per_expert)
+        return _numerics(self.cpus_per_expert, 1 if self.expert_gpus is None else self.expert_gpus)
 
     @property
     def trial_numerics(self) -> Numerics:
@@ -117,6 +122,15 @@ class StoreConfig:
     """Where expert sets are kept, to be shared by all sweeps."""
 
     uri: str = "./store"
+    precision: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Of the snapshots on disk: half the bytes for slightly other segments, so another expert set.
+    Training always goes on in float32."""
+    cache_mb: int = 1024
+    """Segments that a node keeps in memory for its trials, at most half of Ray's object store."""
+
+    def __post_init__(self) -> None:
+        if self.cache_mb < 1:
+            raise UserError(f"store.cache_mb={self.cache_mb} must be at least 1.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,7 +254,13 @@ class SweepConfig:
 
     def identity(self, experts: ExpertConfig, data: Description) -> dict[str, Any]:
         """The identity of the expert set of ``experts`` in this sweep."""
-        return identity(experts, data, self.dataset.strategy, self.resources.expert_numerics)
+        return identity(
+            experts,
+            data,
+            self.dataset.strategy,
+            self.resources.expert_numerics,
+            self.store.precision,
+        )
 
     def check_against(self, data: Description) -> None:
         """Raises UserError if some point of the space does not fit the data set."""

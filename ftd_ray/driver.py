@@ -10,7 +10,6 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from functools import partial
-from statistics import fmean
 from typing import Any
 
 import ray
@@ -23,10 +22,9 @@ from ftd.evaluate import Score
 from ftd.expert import set_key
 from ftd.synthetic import SyntheticSet
 from ftd_ray.bridge import StudyScheduler, StudySearcher, Ticker
-from ftd_ray.broker import ExpertOrder, broker
 from ftd_ray.cluster import check_cluster, start_ray
 from ftd_ray.config import SweepConfig
-from ftd_ray.experts import ExpertRequest
+from ftd_ray.experts.client import BrokerClient
 from ftd_ray.pictures import short_names, study_pictures
 from ftd_ray.plan import Plan
 from ftd_ray.progress import Progress
@@ -35,6 +33,7 @@ from ftd_ray.search import Ended, Suggestion, SweepStudy
 from ftd_ray.signals import Interrupted, Signals
 from ftd_ray.storage import join, read_bytes, write_bytes
 from ftd_ray.store import TrajectoryStore
+from ftd_ray.store.usage import Usage
 from ftd_ray.tracking import Tracker, tolerant
 from ftd_ray.trial import FinalSpec, Report, TrialSpec, forget_checkpoint
 from ftd_ray.workers import LIGHT_BYTES, SweepTrial, TrialOrder, evaluate_finally
@@ -60,11 +59,10 @@ class Sweep:
         self._names = short_names(config.space)
         self._warned = False
         self._sets = {s.key: s for s in plan.sets}
-        self._expert_status: dict[str, Any] = {}
-        self._status_before: dict[str, Any] = {}
-        self._wanted: set[str] = set()
-        self._pending_status: Any = None
-        self._polled = 0.0
+        self._experts = BrokerClient(config, plan.data)
+        self._usage = Usage(
+            TrajectoryStore(config.store.uri), self._sets, config.name, config.output_dir
+        )
         self._progress = Progress(
             console, config.search.trials, config.search.concurrency, self._names
         )
@@ -78,6 +76,8 @@ class Sweep:
         self._signals.arm()  # Ray has taken SIGTERM for itself
         try:
             check_cluster(self.config)
+            if address is not None:  # nodes may come that have not got the data set
+                self._experts.ship()
             try:
                 self._open()
                 with self._progress:
@@ -95,6 +95,8 @@ class Sweep:
                     self.tracker.finish("FAILED")
                 raise
             finally:
+                self._experts.end()
+                self._usage.end()
                 if hasattr(self, "study"):
                     self.study.close()
         finally:
@@ -123,7 +125,7 @@ class Sweep:
                 f"{self.plan.data.fingerprint[:8]}). Restore them, or give another output.dir."
             )
         self.study.remember("data", self.plan.data.fingerprint)
-        self._status_before = self._ask_broker()
+        self._usage.renew()
         self._seconds_before = float(self.study.recall("seconds") or 0.0)
         self._experts_before = self.study.recall("experts") or {}
         ended = self.study.ended()
@@ -162,7 +164,7 @@ class Sweep:
                     callbacks=[Ticker(self._tick)],
                 ),
             ).fit()
-            self._expert_status = self._ask_broker()
+            self._experts.look()
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
@@ -196,6 +198,7 @@ class Sweep:
         spec = partial(
             FinalSpec,
             dataset=config.dataset,
+            sender=self._experts.shipment,
             numerics=config.resources.trial_numerics,
             seed=config.seed,
             synthetic=data,
@@ -243,7 +246,6 @@ class Sweep:
         identity = self.config.identity(experts, self.plan.data)
         key = set_key(identity)
         source = TrajectoryStore(self.config.store.uri).location(key)
-        self._wanted |= {f"{key}/{i}" for i in range(experts.count)}
         with self._tracking():
             self.tracker.expert_set(key, identity, source, dict(self._sets[key].params))
             self.tracker.trial_started(suggestion, key, source)
@@ -256,7 +258,7 @@ class Sweep:
     def trial_ended(self, ended: Ended) -> None:
         self._progress.trial_ended(ended)
         forget_checkpoint(self._trial_folder(ended.number))
-        self.study.remember("experts", self._experts())
+        self.study.remember("experts", self._expert_account())
         self.study.remember("seconds", self._seconds())
         with self._tracking():
             self.tracker.trial_ended(ended)
@@ -274,6 +276,7 @@ class Sweep:
             seed=config.seed,
             repeat=suggestion.repeat,
             dataset=config.dataset,
+            sender=self._experts.shipment,
             network=point.experts.network,
             identity=identity,
             experts=point.experts.count,
@@ -281,92 +284,45 @@ class Sweep:
             evaluate=config.evaluate,
             numerics=r.trial_numerics,
             store_uri=config.store.uri,
+            cache_bytes=config.store.cache_mb * 2**20,
             folder=self._trial_folder(suggestion.number),
-        )
-        request = ExpertRequest(
-            store_uri=config.store.uri,
-            identity=identity,
-            dataset=config.dataset,
-            experts=point.experts,
-            numerics=r.expert_numerics,
-        )
-        order = ExpertOrder(
-            key=set_key(identity),
-            identity=identity,
-            count=point.experts.count,
-            epochs=point.experts.epochs,
-            work=pickle.dumps(request),
-            cpus=r.cpus_per_expert,
-            gpus=r.gpus_per_expert,
         )
         return TrialOrder(
             number=suggestion.number,
             spec=pickle.dumps(spec),
-            experts=order,
-            broker=broker(config.store.uri),
+            experts=self._experts.order(point.experts, urgent=True),
+            broker=self._experts.broker,
             cpus=r.cpus_per_trial,
             gpus=r.gpus_per_trial,
         )
 
-    def _ask_broker(self) -> dict[str, Any]:
-        return ray.get(broker(self.config.store.uri).progress.remote())
-
     def _tick(self) -> None:
         """At every turn of the loop: signals, and about once a second word of the experts."""
         self._signals.check()
+        if self._experts.poll():
+            self._usage.renew()
+            self._progress.experts(self._experts.status)
+            for note in self._experts.new_notes():
+                self._say(f"warning    {note}")
+            with self._tracking():
+                self.tracker.fleet(self._experts.status)
 
-        if self._pending_status is None:
-            if time.monotonic() - self._polled < 1:
-                return
-            self._polled = time.monotonic()
-            self._pending_status = broker(self.config.store.uri).progress.remote()
-        ready, _ = ray.wait([self._pending_status], timeout=0)
-        if ready:
-            with contextlib.suppress(ray.exceptions.RayError):
-                self._expert_status = ray.get(self._pending_status)
-                ours = {k: v for k, v in self._expert_status.items() if k in self._sets}
-                self._progress.experts(ours)
-                self._tell_of_experts()
-            self._pending_status = None
-
-    def _tell_of_experts(self) -> None:
-        """Closes the MLflow run of every set that is complete."""
-        for key, s in self._expert_status.items():
-            if key in self._sets and s.needed and len(s.built | s.reused) >= s.needed:
-                before = self._status_before.get(key)
-                with self._tracking():
-                    self.tracker.experts_done(
-                        key,
-                        built=len(s.built - (before.built if before else set())),
-                        of=s.needed,
-                        seconds=s.seconds - (before.seconds if before else 0.0),
-                        curve=_mean_curve(s.curves.values()),
-                    )
-
-    def _experts(self) -> dict[str, Any]:
+    def _expert_account(self) -> dict[str, Any]:
         """What this sweep built and what it found, over all its sessions."""
-        built, there, seconds = set(), set(), 0.0
-        for key, s in self._expert_status.items():
-            if key not in self._sets:
-                continue
-            before = self._status_before.get(key)  # of other sweeps, on a cluster that lives on
-            there |= {f"{key}/{i}" for i in s.built | s.reused}
-            built |= {f"{key}/{i}" for i in s.built - (before.built if before else set())}
-            seconds += s.seconds - (before.seconds if before else 0.0)
-        reused = (there & self._wanted) | set(self._experts_before.get("reused", []))
-        built |= set(self._experts_before.get("built", []))
-        reused -= built
-        seconds += self._experts_before.get("seconds", 0.0)
+        sets, before = self._experts.status.sets, self._experts_before
+        built = {f"{key}/{i}" for key, s in sets.items() for i in s.built}
+        built |= set(before.get("built", []))
+        there = {f"{key}/{i}" for key, s in sets.items() for i in s.present}
+        reused = (there | set(before.get("reused", []))) - built
+        seconds = sum(sum(s.built.values()) for s in sets.values()) + before.get("seconds", 0.0)
         return {"built": sorted(built), "reused": sorted(reused), "seconds": seconds}
 
     def _summary(self, state: str) -> dict[str, Any]:
         config = self.config
         ended = self.study.ended()
-        experts = self._experts()
+        experts = self._expert_account()
         self.study.remember("experts", experts)
         self.study.remember("seconds", self._seconds())
-        sizes = {key: s.parameters * 4 * (s.experts.epochs + 1) for key, s in self._sets.items()}
-        used = [e.partition("/")[0] for e in experts["built"]]
         return {
             "name": config.name,
             "state": state,
@@ -380,7 +336,7 @@ class Sweep:
                 "built": len(experts["built"]),
                 "reused": len(experts["reused"]),
                 "seconds": experts["seconds"],
-                "bytes": sum(sizes[key] for key in used),
+                "bytes": self._bytes_of(experts["built"]),
             },
             "mlflow": {
                 "tracking_uri": config.tracking.uri,
@@ -396,6 +352,17 @@ class Sweep:
             },
         }
 
+    def _bytes_of(self, experts: Iterable[str]) -> int:
+        """Bytes on disk of experts written KEY/NUMBER; 0 where the store does not answer."""
+        store = TrajectoryStore(self.config.store.uri)
+        total = 0
+        with contextlib.suppress(OSError, UserError):
+            for expert in experts:
+                key, _, index = expert.partition("/")
+                manifest = store.at(key).manifest(int(index))
+                total += sum(part.bytes for part in manifest.parts) if manifest else 0
+        return total
+
     def _publish(self, summary: dict[str, Any]) -> None:
         """Pictures, expert sets and the best set to MLflow, pictures to the folder too."""
 
@@ -404,8 +371,8 @@ class Sweep:
             buffer = io.BytesIO()
             figure.savefig(buffer, dpi=110)
             write_bytes(join(self.config.output_dir, f"{name}.png"), buffer.getvalue())
-        self._tell_of_experts()
         with self._tracking():
+            self.tracker.fleet(self._experts.status, last=True)
             for name, figure in pictures.items():
                 self.tracker.log_figure(figure, f"{name}.png")
             if summary["best"]:
@@ -446,12 +413,3 @@ class Sweep:
 
     def _seconds(self) -> float:
         return round(self._seconds_before + time.monotonic() - self._began, 1)
-
-
-def _mean_curve(curves: Iterable[dict[int, float]]) -> dict[int, float]:
-    """Epoch -> mean over the experts that have it."""
-    by_epoch: dict[int, list[float]] = {}
-    for curve in curves:
-        for epoch, value in curve.items():
-            by_epoch.setdefault(epoch, []).append(value)
-    return {epoch: fmean(values) for epoch, values in sorted(by_epoch.items())}

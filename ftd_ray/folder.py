@@ -11,13 +11,13 @@ import yaml
 
 from ftd.errors import UserError
 from ftd.expert import Numerics
-from ftd_ray.config import SweepConfig
+from ftd_ray.config import SweepConfig, parse_config
 from ftd_ray.results import result_text
 from ftd_ray.storage import is_local, join, read_bytes
 
 CHANGEABLE = (
-    "search.trials", "search.concurrency", "resources", "tracking", "output", "store",
-    "dataset.root", "dataset.download",
+    "search.trials", "search.concurrency", "resources", "tracking", "output",
+    "store.uri", "store.cache_mb", "dataset.root", "dataset.download",
 )  # fmt: skip
 """What a resumed sweep may have otherwise than the saved one."""
 
@@ -65,8 +65,10 @@ def check_same(saved: dict[str, Any], config: SweepConfig) -> None:
             return {k: v for one in inner for k, v in one.items()}
         return {prefix.rstrip("."): tree}
 
+    with contextlib.suppress(UserError):  # keys that are newer than the sweep get their defaults
+        saved = parse_config(saved).resolved()
     now = yaml.safe_load(yaml.safe_dump(config.resolved()))
-    before, after = flat(saved), flat(now)
+    before, after = flat(yaml.safe_load(yaml.safe_dump(saved))), flat(now)
     r = config.resources
     for kind, numerics in (("expert", r.expert_numerics), ("trial", r.trial_numerics)):
         cpus, gpus = (before.get(f"resources.{unit}_per_{kind}", 0) for unit in ("cpus", "gpus"))

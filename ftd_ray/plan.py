@@ -8,13 +8,15 @@ from math import prod
 from ftd.data import describe
 from ftd.data.dataset import Description
 from ftd.expert import ExpertConfig, network_for, set_key
+from ftd.trajectory import PART_EPOCHS
 from ftd_ray.config import SweepConfig
 from ftd_ray.pictures import short_names
 from ftd_ray.progress import describe_params
 from ftd_ray.storage import is_local, open_uri
 from ftd_ray.store import TrajectoryStore
 
-BYTES_PER_PARAMETER = 4
+BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+"""Of a parameter on disk."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class PlannedSet:
     present: int
     """Experts that the store has already, with all their epochs."""
     parameters: int
+    precision: str
 
     @property
     def missing(self) -> int:
@@ -35,9 +38,10 @@ class PlannedSet:
     @property
     def bytes_missing(self) -> int:
         """Disk that the missing experts take: a snapshot an epoch, and one of the start."""
-        snapshots = self.experts.epochs + 1
-        state = 0.2 if self.experts.momentum else 0  # optimiser state, once a part
-        return int(self.missing * snapshots * (1 + state) * self.parameters * BYTES_PER_PARAMETER)
+        epochs, size = self.experts.epochs, BYTES[self.precision]
+        whole = bool(self.experts.momentum) + (size < 4)  # float32 state, once a part
+        bytes_each = (epochs + 1) * size + -(-epochs // PART_EPOCHS) * whole * 4
+        return self.missing * bytes_each * self.parameters
 
 
 @dataclass(frozen=True)
@@ -63,45 +67,17 @@ class Plan:
 
     def text(self, lacking: list[str]) -> str:
         """The plan in lines; ``lacking`` are resources that this machine or cluster lacks."""
-        c, d = self.config, self.data
-        width = max((len(dim.key) for dim in c.space), default=0)
-        points = prod(len(dim.values) for dim in c.space if dim.discrete)
-        continuous = any(not dim.discrete for dim in c.space)
-        names = short_names(c.space)
+        c = self.config
         lines = [
-            f"sweep      {c.name}",
-            f"data       {d.name}, {d.channels} x {d.resolution} x {d.resolution}, "
-            f"{d.classes} classes; {d.sizes[0]} train, {d.sizes[1]} validation, {d.sizes[2]} test",
+            *self._data_lines(),
             f"distill    {c.distill.ipc} image{'s' if c.distill.ipc > 1 else ''} per class, "
             f"{c.experts.network}, {c.distill.iterations} outer steps, augment {c.dataset.strategy}"
             + (", ZCA" if c.dataset.zca else ""),
             f"search     {c.search.trials} trials, {c.search.concurrency} at a time, "
             f"{c.search.sampler}, pruner {c.search.pruner}",
+            *self._space_lines(),
+            *self._expert_lines(),
         ]
-        for dim in c.space:
-            lines.append(f"  {dim.key:{width}}  {dim}")
-        if c.space:
-            many = "infinitely many" if continuous else str(points)
-            lines.append(f"  {many} point{'' if points == 1 and not continuous else 's'}")
-        built = sum(s.missing for s in self.sets)
-        wanted = sum(s.experts.count for s in self.sets)
-        lines.append(
-            f"experts    {len(self.sets)} distinct set{'s' if len(self.sets) > 1 else ''}, "
-            f"{wanted} experts: {wanted - built} in the store, {built} to build"
-        )
-        for s in self.sets[:20]:
-            label = describe_params(s.params, names) if s.params else s.experts.network
-            lines.append(
-                f"  {s.key}  {label}: {s.experts.count} x {s.experts.epochs} epochs, "
-                f"{s.present} in the store"
-            )
-        if len(self.sets) > 20:
-            lines.append(f"  … and {len(self.sets) - 20} more")
-        free = self.disk_free()
-        lines.append(
-            f"disk       {_size(self.bytes_missing)} for the experts to build"
-            + (f", {_size(free)} free" if free is not None else "")
-        )
         r = c.resources
         lines.append(
             f"resources  an expert {_res(r.cpus_per_expert, r.gpus_per_expert)}, "
@@ -114,6 +90,67 @@ class Plan:
             f"output     {c.output_dir}",
         ]
         return "\n".join(lines)
+
+    def experts_text(self, lacking: list[str]) -> str:
+        """The part of the plan that is about experts, for filling a store ahead of a sweep."""
+        c, r = self.config, self.config.resources
+        lines = [
+            *self._data_lines(),
+            *self._expert_lines(),
+            f"resources  an expert {_res(r.cpus_per_expert, r.gpus_per_expert)}",
+        ]
+        lines += [f"  missing here: {what}" for what in lacking]
+        lines += [
+            f"store      {c.store.uri}",
+            f"tracking   {c.tracking.uri} (experiment {c.experiment})",
+        ]
+        return "\n".join(lines)
+
+    def _data_lines(self) -> list[str]:
+        d = self.data
+        return [
+            f"sweep      {self.config.name}",
+            f"data       {d.name}, {d.channels} x {d.resolution} x {d.resolution}, "
+            f"{d.classes} classes; {d.sizes[0]} train, {d.sizes[1]} validation, {d.sizes[2]} test",
+        ]
+
+    def _space_lines(self) -> list[str]:
+        space = self.config.space
+        if not space:
+            return []
+        width = max(len(dim.key) for dim in space)
+        points = prod(len(dim.values) for dim in space if dim.discrete)
+        many = str(points) if all(dim.discrete for dim in space) else "infinitely many"
+        lines = [f"  {dim.key:{width}}  {dim}" for dim in space]
+        return [*lines, f"  {many} point{'' if many == '1' else 's'}"]
+
+    def _expert_lines(self) -> list[str]:
+        names = short_names(self.config.space)
+        built = sum(s.missing for s in self.sets)
+        wanted = sum(s.experts.count for s in self.sets)
+        lines = [
+            f"experts    {len(self.sets)} distinct set{'s' if len(self.sets) > 1 else ''}, "
+            f"{wanted} experts: {wanted - built} in the store, {built} to build"
+        ]
+        for s in self.sets[:20]:
+            label = describe_params(s.params, names) if s.params else s.experts.network
+            lines.append(
+                f"  {s.key}  {label}: {s.experts.count} x {s.experts.epochs} epochs, "
+                f"{s.present} in the store"
+            )
+        if len(self.sets) > 20:
+            lines.append(f"  … and {len(self.sets) - 20} more")
+        free = self.disk_free()
+        lines.append(
+            f"disk       {size_text(self.bytes_missing)} for the experts to build"
+            + (
+                f" in {self.config.store.precision}"
+                if self.config.store.precision != "float32"
+                else ""
+            )
+            + (f", {size_text(free)} free" if free is not None else "")
+        )
+        return lines
 
 
 def make_plan(config: SweepConfig) -> Plan:
@@ -137,18 +174,22 @@ def make_plan(config: SweepConfig) -> Plan:
             experts=experts,
             present=sum(i < experts.count for i in present),
             parameters=network_for(experts.network, data).size,
+            precision=config.store.precision,
         )
     return Plan(config, data, tuple(sets.values()))
 
 
-def lacking(config: SweepConfig, total: dict[str, float]) -> list[str]:
+def lacking(
+    config: SweepConfig, total: dict[str, float], *, experts_only: bool = False
+) -> list[str]:
     """Resources that one expert or one trial needs and ``total`` ({"CPU": 2, ...}) has not."""
     r = config.resources
     out = []
-    for what, cpus, gpus in (
-        ("an expert", r.cpus_per_expert, r.gpus_per_expert),
+    workers = [
+        ("an expert", r.cpus_per_expert, 1.0 if r.expert_gpus is None else r.expert_gpus),
         ("a trial", r.cpus_per_trial, r.gpus_per_trial),
-    ):
+    ]
+    for what, cpus, gpus in workers[: 1 if experts_only else 2]:
         for kind, needed in (("CPU", cpus), ("GPU", gpus)):
             if needed > total.get(kind, 0):
                 out.append(
@@ -168,7 +209,8 @@ def machine_resources() -> dict[str, float]:
     }
 
 
-def _size(count: int) -> str:
+def size_text(count: int) -> str:
+    """512 B, 17.5 MB."""
     value = float(count)
     for unit in ("B", "kB", "MB", "GB"):
         if value < 1000:
@@ -177,6 +219,8 @@ def _size(count: int) -> str:
     return f"{value:.1f} TB"
 
 
-def _res(cpus: float, gpus: float) -> str:
+def _res(cpus: float, gpus: float | str) -> str:
     text = f"{cpus:g} CPU"
+    if gpus == "auto":
+        return f"{text} and a measured share of a GPU"
     return f"{text} and {gpus:g} GPU" if gpus else text

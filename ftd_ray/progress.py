@@ -2,18 +2,69 @@
 
 import time
 from collections.abc import Sequence
+from statistics import fmean
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from ftd_ray.broker import SetProgress
+from ftd_ray.experts.orders import FleetStatus
 from ftd_ray.search import Ended, Suggestion
 from ftd_ray.trial import Report
 
 
+class ExpertLine:
+    """Experts done and needed, how fast, where, how good, and when they may be there."""
+
+    def __init__(self) -> None:
+        self._status = FleetStatus()
+
+    def update(self, status: FleetStatus) -> bool:
+        """Takes the fleet's latest word; says whether the counts changed."""
+        before, self._status = self.counts(), status
+        return self.counts() != before
+
+    def counts(self) -> tuple[int, int]:
+        """Experts that are there, and that are needed."""
+        sets = self._status.sets.values()
+        return sum(len(s.present) for s in sets), sum(s.needed for s in sets)
+
+    def text(self) -> str:
+        status, sets = self._status, self._status.sets.values()
+        done, needed = self.counts()
+        built = sum(len(s.built.keys() & s.present) for s in sets)
+        training = sum(len(s.running) for s in sets)
+        parts = [f"{done}/{needed}"]
+        if done > built:
+            parts.append(f"{done - built} from the store")
+        if training:
+            parts.append(f"{training} in training")
+        if status.starting and done < needed:
+            parts.append(f"{status.starting} waiting for room")
+        rate = sum(n.epochs_per_second for n in status.nodes.values())
+        left = sum(s.epochs_left for s in sets)
+        if rate and left:
+            parts += [f"{rate:.2g} epochs/s", f"about {duration(left / rate)} to go"]
+        accuracy = mean_accuracy(status)
+        if accuracy is not None:
+            parts.append(f"validation {100 * accuracy:.1f} %")
+        if len(status.nodes) > 1 and training:
+            each = (f"{name} {n.running}" for name, n in sorted(status.nodes.items()))
+            parts.append(f"nodes {' '.join(each)}")
+        return "experts    " + ", ".join(parts)
+
+
+def mean_accuracy(status: FleetStatus) -> float | None:
+    """Mean validation accuracy of the trained experts at the end of their trajectories so far."""
+    curves = [c for s in status.sets.values() for i, c in s.curves.items() if i in s.present and c]
+    return fmean(c[max(c)] for c in curves) if curves else None
+
+
 class Progress:
-    """Counts of experts and trials, the best so far, and when it may be over."""
+    """Counts of experts and trials, the best so far, and when it may be over.
+
+    With 0 trials it is about experts alone.
+    """
 
     def __init__(self, console: Console, trials: int, concurrency: int, names: dict[str, str]):
         self._console, self._names = console, names
@@ -22,8 +73,7 @@ class Progress:
         """Running trial -> when it started."""
         self._ended: list[Ended] = []
         self._durations: list[float] = []
-        self._experts: dict[str, SetProgress] = {}
-        self._said_experts = (-1, -1)
+        self._experts = ExpertLine()
         self._live: Live | None = None
 
     def __enter__(self) -> "Progress":
@@ -70,37 +120,20 @@ class Progress:
         if self._live is None:
             self.say("; ".join(self._trial_lines()))
 
-    def experts(self, sets: dict[str, SetProgress]) -> None:
+    def experts(self, status: FleetStatus) -> None:
         """The broker's latest word; a line for each expert done, where there is no foot."""
-        self._experts = sets
-        now = self._expert_counts()
-        if now[:2] != self._said_experts:
-            self._said_experts = now[:2]
-            if now[1] and self._live is None:
-                self.say(self._expert_line())
+        if self._experts.update(status) and self._experts.counts()[1] and self._live is None:
+            self.say(self._experts.text())
 
     # --- texts ------------------------------------------------------------------------------
 
-    def _expert_counts(self) -> tuple[int, int, int]:
-        done = sum(len(s.built | s.reused) for s in self._experts.values())
-        needed = sum(s.needed for s in self._experts.values())
-        running = sum(len(s.running) for s in self._experts.values())
-        return done, needed, running
-
-    def _expert_line(self) -> str:
-        done, needed, running = self._expert_counts()
-        seconds = [t for s in self._experts.values() for t in s.epoch_seconds[-50:]]
-        speed = f", {sum(seconds) / len(seconds):.2f} s an epoch" if seconds else ""
-        reused = sum(len(s.reused) for s in self._experts.values())
-        from_store = f", {reused} from the store" if reused else ""
-        training = f", {running} in training" if running else ""
-        return f"experts    {done}/{needed}{from_store}{training}{speed}"
-
     def _foot(self) -> RenderableType:
-        lines = [self._expert_line(), *self._trial_lines()]
+        lines = [self._experts.text(), *self._trial_lines()]
         return Group(*(Text(line, style="bold cyan") for line in ["", *lines]))
 
     def _trial_lines(self) -> list[str]:
+        if not self._trials:
+            return []
         counts = {s: sum(e.state == s for e in self._ended) for s in ("complete", "pruned")}
         failed = len(self._ended) - sum(counts.values())
         trials = (

@@ -1,10 +1,18 @@
-"""A URI or a path as a ``pyarrow.fs`` filesystem and a path on it."""
+"""A URI or a path as a ``pyarrow.fs`` filesystem and a path on it.
+
+What a place needs beyond its address comes from the environment (credentials, region, endpoint)
+or from the query of its URI, as ``pyarrow.fs`` takes it: ``s3://bucket/x?region=eu-west-1``.
+"""
 
 import contextlib
+import errno
 import os
+import re
+from collections.abc import Callable
 from pathlib import PurePath
-from urllib.parse import urlparse
+from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
 
+import pyarrow as pa
 from pyarrow import fs as pafs
 
 from ftd.errors import UserError
@@ -14,6 +22,7 @@ __all__ = [
     "is_local",
     "join",
     "open_uri",
+    "place_error",
     "probe",
     "put",
     "read_bytes",
@@ -21,24 +30,101 @@ __all__ = [
     "write_bytes",
 ]
 
+S3_RETRIES = 11
+"""Waits of 0.05 s, 0.1 s, ... 25.6 s, 51 s together: an endpoint that was away for 40 s is met
+again, and one that is gone for good is reported within a minute. The SDK's other strategy draws
+its waits at random and stops retrying at all once a client has failed often."""
 
-def open_uri(uri: str) -> tuple[pafs.FileSystem, str]:
-    """The filesystem and the path that ``uri`` names: a path, file://, s3:// or gs://."""
+S3_SILENCE = 10.0
+"""Seconds without a byte after which a request is tried again: 12 times this and the waits make
+the three minutes that an endpoint which never answers costs."""
+
+S3_CONNECT = 5.0
+"""Seconds for a connection to stand."""
+
+GCS_SECONDS = 60
+"""For how long the GCS client tries again."""
+
+PROBE_S3_RETRIES = 3
+"""0.2 s of waits: at the start of a command a wrong address is likelier than an outage."""
+
+PROBE_GCS_SECONDS = 5
+
+
+def open_uri(uri: str, *, patient: bool = True) -> tuple[pafs.FileSystem, str]:
+    """The filesystem and the path that ``uri`` names: a path, file://, s3:// or gs://.
+
+    A ``patient`` filesystem tries again for about a minute where the server fails.
+    """
     if is_local(uri):
         return pafs.LocalFileSystem(), os.path.abspath(uri.removeprefix("file://"))
     try:
-        parsed = urlparse(uri)
-        if parsed.scheme == "s3" and (endpoint := os.environ.get("AWS_ENDPOINT_URL")):
-            scheme, _, host = endpoint.rpartition("://")
-            filesystem = pafs.S3FileSystem(endpoint_override=host, scheme=scheme or "https")
-            return filesystem, f"{parsed.netloc}{parsed.path}".rstrip("/")
-        filesystem, path = pafs.FileSystem.from_uri(uri)
-    except (ValueError, OSError, NotImplementedError) as error:
+        opener = _OPENERS.get(uri.partition("://")[0], _open_other)
+        filesystem, path = opener(uri, patient)
+    except (ValueError, OSError, NotImplementedError, pa.ArrowException) as error:
         raise UserError(
-            f"{uri} is not a place that can be opened ({error}). "
+            f"{_without_secrets(uri)} is not a place that can be opened ({_reason(error)}). "
             "Give a path, or a URI that begins with file://, s3:// or gs://."
         ) from error
     return filesystem, path.rstrip("/")
+
+
+def _open_s3(uri: str, patient: bool) -> tuple[pafs.FileSystem, str]:
+    """``FileSystem.from_uri`` knows no retries and no timeouts, so its options are read here."""
+    parsed = urlsplit(uri, allow_fragments=False)
+    user, _, bucket = parsed.netloc.rpartition("@")
+    access_key, _, secret_key = user.partition(":")
+    options = dict(parse_qsl(parsed.query, keep_blank_values=True))
+    unknown = set(options) - {"region", "scheme", "endpoint_override"}
+    if unknown or not bucket:
+        raise ValueError(f"unknown option {min(unknown)}" if unknown else "it names no bucket")
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    if endpoint and "endpoint_override" not in options:
+        scheme, _, host = endpoint.rstrip("/").rpartition("://")
+        options |= {"endpoint_override": host, "scheme": scheme or "https"}
+    named = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    if "region" not in options and "endpoint_override" not in options and not named:
+        options["region"] = pafs.resolve_s3_region(bucket)
+    elif named:
+        options.setdefault("region", named)
+    filesystem = pafs.S3FileSystem(
+        access_key=unquote(access_key) or None,
+        secret_key=unquote(secret_key) or None,
+        retry_strategy=pafs.AwsDefaultS3RetryStrategy(
+            max_attempts=S3_RETRIES if patient else PROBE_S3_RETRIES
+        ),
+        connect_timeout=S3_CONNECT,
+        request_timeout=S3_SILENCE,
+        **options,
+    )
+    return filesystem, f"{bucket}{unquote(parsed.path)}"
+
+
+def _open_gcs(uri: str, patient: bool) -> tuple[pafs.FileSystem, str]:
+    """The emulator's address is where Google's own libraries look for it."""
+    parsed = urlsplit(uri, allow_fragments=False)
+    bucket = parsed.netloc
+    options = dict(parse_qsl(parsed.query, keep_blank_values=True))
+    options.setdefault("retry_limit_seconds", str(GCS_SECONDS if patient else PROBE_GCS_SECONDS))
+    emulator = os.environ.get("STORAGE_EMULATOR_HOST")
+    if emulator and "endpoint_override" not in options:
+        scheme, _, host = emulator.rstrip("/").rpartition("://")
+        options |= {"endpoint_override": host, "scheme": scheme or "http"}
+        bucket = f"anonymous@{bucket.rpartition('@')[2]}"
+    return pafs.FileSystem.from_uri(
+        urlunsplit((parsed.scheme, bucket, parsed.path, urlencode(options), ""))
+    )
+
+
+def _open_other(uri: str, patient: bool) -> tuple[pafs.FileSystem, str]:
+    return pafs.FileSystem.from_uri(uri)
+
+
+_OPENERS: dict[str, Callable[[str, bool], tuple[pafs.FileSystem, str]]] = {
+    "s3": _open_s3,
+    "gs": _open_gcs,
+    "gcs": _open_gcs,
+}
 
 
 def is_local(uri: str) -> bool:
@@ -47,8 +133,9 @@ def is_local(uri: str) -> bool:
 
 
 def join(uri: str, *parts: str) -> str:
-    """``uri`` with further path elements."""
-    return "/".join([uri.rstrip("/"), *parts])
+    """``uri`` with further path elements, before its query if it has one."""
+    place, mark, query = (uri, "", "") if is_local(uri) else uri.partition("?")
+    return "/".join([place.rstrip("/"), *parts]) + mark + query
 
 
 def probe(uri: str, what: str) -> None:
@@ -56,24 +143,79 @@ def probe(uri: str, what: str) -> None:
 
     Folders that this makes on the way are removed again.
     """
-    filesystem, path = open_uri(uri)
+    filesystem, path = open_uri(uri, patient=False)
     name = f"{path}/.probe-{os.getpid()}"
     made = []
     if is_local(uri):
         parents = [path, *(str(p) for p in PurePath(path).parents)]
         made = [p for p in parents if not os.path.exists(p)]
     try:
-        filesystem.create_dir(path, recursive=True)
+        if is_local(uri):  # object stores have no folders
+            filesystem.create_dir(path, recursive=True)
         put(filesystem, name, b"")
         filesystem.delete_file(name)
         with contextlib.suppress(OSError):  # somebody else uses it by now
             for folder in made:
                 os.rmdir(folder)
-    except OSError as error:
-        raise UserError(
-            f"{what}={uri} cannot be written ({error.strerror or error}). "
-            "Choose another place, or mend its permissions."
-        ) from error
+    except (OSError, pa.ArrowException) as error:
+        raise place_error(uri, what, error, verb="written") from error
+
+
+def place_error(
+    uri: str, what: str, error: OSError | pa.ArrowException, *, verb: str = "used"
+) -> UserError:
+    """One line for what a filesystem raised about the place ``what=uri``."""
+    reason = _reason(error)
+    words = f"{reason} {error}"
+    remedy = next((text for pattern, text in _REMEDIES if re.search(pattern, words)), _REMEDY)
+    return UserError(f"{what}={_without_secrets(uri)} cannot be {verb} ({reason}). {remedy}")
+
+
+_REMEDY = "Choose another place, or mend its permissions."
+
+_REMEDIES = [
+    (
+        f"{os.strerror(errno.ENOSPC)}|{os.strerror(errno.EDQUOT)}",
+        "Make room there, then try again.",
+    ),
+    (
+        "NO_SUCH_BUCKET|Bucket '.*' not found|missing project id",
+        "Make the bucket, or choose another place.",
+    ),
+    (
+        "ACCESS_DENIED|INVALID_ACCESS_KEY|SIGNATURE|TOKEN|PERMISSION_DENIED|UNAUTHENTICATED|OAuth2",
+        "See that the credentials of that place are at hand and allow it.",
+    ),
+    ("HTTP status 5|SLOW_DOWN|INTERNAL_FAILURE", "Try again when the server is well."),
+    (
+        "NETWORK_CONNECTION|UNAVAILABLE|DEADLINE_EXCEEDED",
+        "See that the endpoint's address is right and that it is up, then try again.",
+    ),
+]
+"""By words of the error; the first that fits."""
+
+
+def _reason(error: BaseException) -> str:
+    """What happened: one sentence, without what the SDKs add."""
+    if isinstance(error, OSError) and error.errno:
+        return os.strerror(error.errno)
+    text = " ".join(str(error).split())
+    for pattern in (
+        r"curlCode: \d+, (.*)",
+        r"AWS Error UNKNOWN \((HTTP status \d+)\)",
+        r"AWS Error (.*)",
+        r"google::cloud::Status\(.*with a last message of (?:PerformWork\(\) - )?(.*)",
+        r"google::cloud::Status\((.*)",
+    ):
+        if found := re.search(pattern, text):
+            text = found[1]
+            break
+    text = re.split(r"\. |; Details:| error_info=|: No response body", text)[0].rstrip(".")
+    return _without_secrets(text if len(text) <= 200 else f"{text[:200]}...")
+
+
+def _without_secrets(uri: str) -> str:
+    return re.sub("(?<=://)[^/@]*@", "", uri)
 
 
 def read_bytes(uri: str) -> bytes | None:

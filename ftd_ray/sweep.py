@@ -8,20 +8,18 @@ usable came out, 2 usage or configuration, 128 + signal after an interrupt, with
 import argparse
 import os
 import shlex
-import signal
 import sys
 from collections.abc import Sequence
-from typing import Any
 
-import pyarrow as pa
 from rich.console import Console
 
 from ftd.errors import UserError
-from ftd_ray.config import SweepConfig, load_config
+from ftd_ray.command import check_room, exit_code, open_tracker, reachable
+from ftd_ray.config import load_config
 from ftd_ray.folder import check_same, finished_summary, only_one, saved_sweep
-from ftd_ray.plan import Plan, lacking, machine_resources, make_plan
+from ftd_ray.plan import lacking, machine_resources, make_plan
 from ftd_ray.results import result_text
-from ftd_ray.signals import Interrupted, signals
+from ftd_ray.signals import signals
 from ftd_ray.storage import probe
 
 
@@ -40,28 +38,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--address", help="of a Ray cluster; else RAY_ADDRESS, else a local one")
     args = parser.parse_intermixed_args(argv)
     console = Console(highlight=False)
-    try:
-        return _main(args, console)
-    except UserError as error:
-        print(f"sweep: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except Interrupted as interrupt:
-        return 128 + interrupt.signum
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+    return exit_code("sweep", lambda: _main(args, console))
 
 
 def _main(args: argparse.Namespace, console: Console) -> int:
     config = load_config(args.file, args.overrides)
     address = args.address or os.environ.get("RAY_ADDRESS")
-    try:
+    with reachable(config):
         plan = make_plan(config)
         saved = saved_sweep(config)
-    except (OSError, pa.ArrowException) as error:  # of a data set, the store or the output
-        raise UserError(
-            f"a file or a server does not answer ({error}). Check dataset.root, "
-            f"store.uri={config.store.uri} and output.dir={config.output_dir}."
-        ) from error
     if saved is not None and not args.resume and not args.dry_run:
         raise UserError(
             f"{config.output_dir} holds a sweep already. Go on with it by --resume, or give "
@@ -74,48 +59,18 @@ def _main(args: argparse.Namespace, console: Console) -> int:
             return 0 if summary["state"] == "done" else 1
     probe(config.output_dir, "output.dir")
     probe(config.store.uri, "store.uri")
-    tracker = _tracker(config, dry_run=args.dry_run)
+    tracker = open_tracker(config, dry_run=args.dry_run)
     here = machine_resources()
     missing = lacking(config, here) if address is None else []
     console.print(plan.text(missing), soft_wrap=True, markup=False)
     if args.dry_run:
         return 0
-    _check_room(plan)
-    if missing:
-        raise UserError(
-            f"{missing[0]} on this machine. Lower resources.*, or give the --address of a cluster."
-        )
+    check_room(plan, missing)
     from ftd_ray.driver import Sweep  # brings Ray Tune, which a plan does without
 
     command = _resume_command(args)
     with signals() as handled, only_one(config.output_dir):
         return Sweep(config, plan, tracker, console, command, handled).run(address)
-
-
-def _tracker(config: SweepConfig, *, dry_run: bool) -> Any:
-    """The tracker, once its server has answered; a dry run makes no database."""
-    from ftd_ray.tracking import Tracker
-
-    artifacts = None
-    prefix = "sqlite:///"
-    if config.tracking.uri.startswith(prefix):
-        folder = os.path.dirname(config.tracking.uri.removeprefix(prefix)) or "."
-        probe(folder, "tracking.uri")
-        if dry_run:
-            return None
-        os.makedirs(folder, exist_ok=True)
-        artifacts = os.path.join(folder, "mlartifacts", config.experiment)
-    return Tracker(config.tracking.uri, config.experiment, artifacts)
-
-
-def _check_room(plan: Plan) -> None:
-    free = plan.disk_free()
-    if free is not None and plan.bytes_missing > free:
-        raise UserError(
-            f"store.uri={plan.config.store.uri} has {free / 1e9:.1f} GB free, and the experts to "
-            f"build take {plan.bytes_missing / 1e9:.1f} GB. Make room, or lower experts.count "
-            "or experts.epochs."
-        )
 
 
 def _resume_command(args: argparse.Namespace) -> str:

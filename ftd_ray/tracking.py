@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 from urllib.parse import quote, urlencode
 
@@ -28,6 +29,7 @@ from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from PIL import Image
 
 from ftd.errors import UserError
+from ftd_ray.experts.orders import FleetStatus, SetStatus
 from ftd_ray.search import Ended, Suggestion
 from ftd_ray.trial import Report
 
@@ -35,6 +37,8 @@ logging.getLogger("mlflow").setLevel(logging.ERROR)
 logging.getLogger("alembic").setLevel(logging.ERROR)
 
 FINISHED = {"complete": "FINISHED", "pruned": "FINISHED", "failed": "FAILED"}
+FLEET_SECONDS = 10
+"""Between two words of the experts' progress."""
 MAX_VALUE = 5_900
 """Characters of a parameter's value that MLflow takes, with some room."""
 
@@ -66,12 +70,21 @@ class Tracker:
         self._runs: dict[int, str] = {}
         self._sets: dict[str, str] = {}
         self._told: set[str] = set()
+        self._fleet_told = 0.0
+        self._fleet_step = 0
         self._monitor: SystemMetricsMonitor | None = None
 
     # --- the sweep --------------------------------------------------------------------------
 
     def start(
-        self, name: str, resolved: dict[str, Any], names: dict[str, str], parent_id: str | None
+        self,
+        name: str,
+        resolved: dict[str, Any],
+        names: dict[str, str],
+        parent_id: str | None,
+        *,
+        kind: str = "sweep",
+        note: str = "A sweep; its trials lie below.",
     ) -> None:
         """Opens the parent run, or the one of an interrupted sweep again.
 
@@ -84,7 +97,7 @@ class Tracker:
             self.parent_id = parent_id
             self._close_orphans()
         else:
-            tags = {"ftd.kind": "sweep", "mlflow.note.content": "A sweep; its trials lie below."}
+            tags = {"ftd.kind": kind, "mlflow.note.content": note}
             run = self._client.create_run(self.experiment_id, run_name=name, tags=tags)
             self.parent_id = run.info.run_id
             fixed = _flat({k: v for k, v in resolved.items() if k not in ("tracking", "output")})
@@ -189,20 +202,54 @@ class Tracker:
         self._client.log_batch(run.info.run_id, params=[Param(k, str(v)) for k, v in short.items()])
         self._client.log_dict(run.info.run_id, identity, "identity.json")
 
-    def experts_done(
-        self, key: str, *, built: int, of: int, seconds: float, curve: dict[int, float]
-    ) -> None:
-        """Closes the run of a set: what it cost, and its mean validation accuracy by epoch."""
-        run_id = self._sets.get(key)
-        if run_id is None or key in self._told:
-            return
+    def fleet(self, status: FleetStatus, *, last: bool = False) -> None:
+        """How far the experts are: on the run of each set, and for the fleet on the parent.
+
+        Written every few seconds while experts are in training. The run of a set that is complete
+        is closed with what it cost and its mean validation accuracy by epoch.
+        """
+        if not last and time.monotonic() - self._fleet_told < FLEET_SECONDS:
+            done = {k for k, s in status.sets.items() if len(s.present) >= s.needed}
+            if done <= self._told:
+                return
+        self._fleet_told = time.monotonic()
+        for key, s in status.sets.items():
+            run_id = self._sets.get(key)
+            if run_id is None or key in self._told:
+                continue
+            epochs = sum(max(c, default=0) for c in s.curves.values())
+            values: dict[str, float] = {
+                "experts_done": len(s.present),
+                "experts_needed": s.needed,
+            }
+            if finals := [c[max(c)] for i, c in s.curves.items() if i in s.present and c]:
+                values["expert_val_accuracy_so_far"] = fmean(finals)
+            self._metrics(run_id, values, epochs)
+            if len(s.present) >= s.needed:
+                self._close_set(key, run_id, s)
+        rate = sum((n.epochs_per_second for n in status.nodes.values()), 0.0)
+        if rate or self._fleet_step:
+            self._fleet_step += 1
+            values = {"fleet/epochs_per_second": rate}
+            for name, node in status.nodes.items():
+                values[f"fleet/{name}/epochs_per_second"] = node.epochs_per_second
+                values[f"fleet/{name}/experts_running"] = node.running
+            self._metrics(self.parent_id, values, self._fleet_step)
+
+    def _close_set(self, key: str, run_id: str, status: SetStatus) -> None:
         self._told.add(key)
+        by_epoch: dict[int, list[float]] = {}
+        for curve in status.curves.values():
+            for epoch, value in curve.items():
+                by_epoch.setdefault(epoch, []).append(value)
         now = _now()
-        metrics = [Metric("expert_val_accuracy", v, now, e) for e, v in sorted(curve.items())]
+        metrics = [
+            Metric("expert_val_accuracy", fmean(v), now, e) for e, v in sorted(by_epoch.items())
+        ]
         metrics += [
-            Metric("experts_built", built, now, 0),
-            Metric("experts_reused", of - built, now, 0),
-            Metric("seconds", seconds, now, 0),
+            Metric("experts_built", len(status.built), now, 0),
+            Metric("experts_reused", len(status.present - status.built.keys()), now, 0),
+            Metric("seconds", sum(status.built.values()), now, 0),
         ]
         for start in range(0, len(metrics), 1000):
             self._client.log_batch(run_id, metrics=metrics[start : start + 1000])

@@ -6,7 +6,7 @@ Nothing here knows Ray: ``ftd_ray.workers`` runs these functions in actors.
 import io
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from ftd import __version__
-from ftd.data import Dataset, DatasetConfig, load
-from ftd.distill import DistillConfig, DistillState, StepRecord, distill
+from ftd.data import Dataset, DatasetConfig, Sender, load
+from ftd.distill import DistillConfig, DistillState, StepRecord, Trajectories, distill
 from ftd.evaluate import (
     EvaluateConfig,
     Protocol,
@@ -44,6 +44,8 @@ class TrialSpec:
     repeat: int
     """Counts earlier trials at the same point: each repeat distils with another seed."""
     dataset: DatasetConfig
+    sender: Sender | None = None
+    """Where the data set comes from on nodes that have not got it."""
     network: str
     identity: dict[str, Any]
     """Of the expert set."""
@@ -53,6 +55,8 @@ class TrialSpec:
     evaluate: EvaluateConfig
     numerics: Numerics
     store_uri: str
+    cache_bytes: int
+    """Of the node's cache of segments."""
     folder: str
     """Where the trial keeps its checkpoint and its result."""
 
@@ -86,16 +90,23 @@ class Report:
     done: bool
 
 
-def run_trial(spec: TrialSpec) -> Iterator[Report]:
+def read_directly(spec: TrialSpec) -> Trajectories:
+    """The first experts of a trial's set, from the store itself."""
+    return FirstExperts(TrajectoryStore(spec.store_uri).expert_set(spec.identity), spec.experts)
+
+
+def run_trial(
+    spec: TrialSpec, trajectories: Callable[[TrialSpec], Trajectories] = read_directly
+) -> Iterator[Report]:
     """Distils, yielding a report every ``evaluate.every`` steps; goes on from its checkpoint.
 
-    The last report has ``done`` set, and the synthetic set lies at ``spec.result`` by then.
+    ``trajectories`` says where segments are read from. The last report has ``done`` set, and the
+    synthetic set lies at ``spec.result`` by then.
     Raises ftd.errors.Diverged.
     """
     device = spec.numerics.apply()
-    data = load(spec.dataset, device)
+    data = load(spec.dataset, device, spec.sender)
     network = network_for(spec.network, data.description)
-    experts = TrajectoryStore(spec.store_uri).expert_set(spec.identity)
     config, settings = spec.distill, spec.evaluate
     short = Protocol.of(
         settings, network=spec.network, augment=data.strategy, epochs=settings.search_epochs
@@ -105,7 +116,7 @@ def run_trial(spec: TrialSpec) -> Iterator[Report]:
     for state, record in distill(
         config,
         data,
-        FirstExperts(experts, spec.experts),
+        trajectories(spec),
         spec.network,
         epochs=config.max_start_epoch - 1 + config.expert_epochs,
         seed=spec.distill_seed,
@@ -214,6 +225,7 @@ class FinalSpec:
     """Fresh networks for the end: on a distilled set, or on random real images."""
 
     dataset: DatasetConfig
+    sender: Sender | None = None
     numerics: Numerics
     seed: int
     synthetic: bytes
@@ -225,7 +237,7 @@ class FinalSpec:
 def final_scores(spec: FinalSpec, networks: Sequence[int]) -> list[tuple[float, float]]:
     """(validation, test) accuracy of each fresh network by the full protocol."""
     device = spec.numerics.apply()
-    data = load(spec.dataset, device)
+    data = load(spec.dataset, device, spec.sender)
     synthetic = SyntheticSet.load(io.BytesIO(spec.synthetic))
     network = network_for(synthetic.protocol.network, data.description)
     seed = derive_seed(spec.seed, "final")

@@ -18,13 +18,18 @@ from ray import tune
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ftd.errors import Diverged, UserError
-from ftd_ray.broker import ExpertOrder
+from ftd.trajectory import DamagedError
+from ftd_ray.cache import CachedExperts
+from ftd_ray.experts.orders import ExpertOrder
 
 if TYPE_CHECKING:
     from ftd_ray.trial import FinalSpec, Report
 
 WORKER_ATTEMPTS = 4
 """Times that a worker is started for one report."""
+
+MEND_ATTEMPTS = 3
+"""Times that a trial is given its experts, when it finds them damaged."""
 
 LIGHT_BYTES = 64 * 2**20
 """Memory that a waiting trial books, in place of a CPU."""
@@ -39,7 +44,7 @@ class TrialOrder:
     """A pickled ``ftd_ray.trial.TrialSpec``."""
     experts: ExpertOrder
     broker: Any
-    """The handle of ``ftd_ray.broker.Broker``."""
+    """The handle of ``ftd_ray.experts.broker.Broker``."""
     cpus: float
     gpus: float
 
@@ -48,9 +53,14 @@ class TrialWorker:
     """Shell of ``run_trial``: one pickled report a call, and whether it was the last."""
 
     def __init__(self, spec: bytes) -> None:
-        from ftd_ray.trial import run_trial
+        from ftd.expert import set_key
+        from ftd_ray.trial import TrialSpec, run_trial
 
-        self._reports: Iterator[Report] = run_trial(pickle.loads(spec))
+        def cached(spec: TrialSpec) -> CachedExperts:
+            key = set_key(spec.identity)
+            return CachedExperts(spec.store_uri, key, spec.experts, spec.cache_bytes)
+
+        self._reports: Iterator[Report] = run_trial(pickle.loads(spec), cached)
 
     def report(self) -> tuple[bytes, bool]:
         report = next(self._reports)
@@ -74,10 +84,7 @@ class SweepTrial(tune.Trainable):
         if self._failure is not None:
             raise RuntimeError(self._failure)
         try:
-            if not self._ready:
-                ray.get(self._order.broker.ensure.remote(self._order.experts))
-                self._ready = True
-            report, done = self._next_report()
+            report, done = self._mended_report()
         except ray.exceptions.RayTaskError as error:
             cause = error.cause if isinstance(error.cause, BaseException) else error
             expected = isinstance(cause, Diverged | UserError)
@@ -88,6 +95,9 @@ class SweepTrial(tune.Trainable):
         return {"report": report, "done": done}
 
     def cleanup(self) -> None:
+        self._dismiss_worker()
+
+    def _dismiss_worker(self) -> None:
         if self._worker is not None:
             ray.kill(self._worker)
             self._worker = None
@@ -97,6 +107,22 @@ class SweepTrial(tune.Trainable):
 
     def load_checkpoint(self, checkpoint: Any) -> None:
         """Nothing, likewise."""
+
+    def _mended_report(self) -> tuple[bytes, bool]:
+        """The next report; damaged experts are built anew first, and the trial goes on."""
+        for attempt in range(MEND_ATTEMPTS):
+            if not self._ready:
+                ray.get(self._order.broker.ensure.remote(self._order.experts))
+                self._ready = True
+            try:
+                return self._next_report()
+            except ray.exceptions.RayTaskError as error:
+                if not isinstance(error.cause, DamagedError) or attempt == MEND_ATTEMPTS - 1:
+                    raise
+            self._dismiss_worker()
+            ray.get(self._order.broker.mend.remote(self._order.experts))
+            self._ready = False
+        raise AssertionError("not reached")
 
     def _next_report(self) -> tuple[bytes, bool]:
         for attempt in range(WORKER_ATTEMPTS):

@@ -17,8 +17,8 @@ from ftd.data import Dataset, describe, load
 from ftd.errors import Diverged, UserError
 from ftd.expert import Snapshot, set_key, train_expert
 from ftd.trajectory import PART_EPOCHS, ExpertSet
-from ftd_ray.broker import ExpertOrder, broker
-from ftd_ray.experts import ExpertRequest, build_expert
+from ftd_ray.experts.broker import ExpertOrder, broker
+from ftd_ray.experts.build import ExpertRequest, build_expert
 from ftd_ray.store import TrajectoryStore
 
 BOUND = 120

@@ -15,7 +15,7 @@ from ftd.errors import Diverged, UserError
 from ftd.evaluate import Score
 from ftd.synthetic import SyntheticSet
 from ftd.trajectory import ExpertSet
-from ftd_ray.experts import ExpertRequest, build_expert
+from ftd_ray.experts.build import ExpertRequest, build_expert
 from ftd_ray.store import TrajectoryStore
 from ftd_ray.trial import (
     FinalSpec,

@@ -4,8 +4,11 @@
 pixels to network space and back, ``dataset`` puts them together.
 """
 
-from ftd.data.dataset import Dataset, DatasetConfig, Split, describe, load
+from ftd.data.dataset import Dataset, DatasetConfig, Sender, Split, describe, load, open_arrays
 from ftd.data.normalise import Normalisation
 from ftd.data.sources import DATASETS
 
-__all__ = ["DATASETS", "Dataset", "DatasetConfig", "Normalisation", "Split", "describe", "load"]
+__all__ = [
+    "DATASETS", "Dataset", "DatasetConfig", "Normalisation", "Sender", "Split", "describe", "load",
+    "open_arrays",
+]  # fmt: skip

@@ -7,11 +7,12 @@ the test part is the data set's own and is for the end.
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -124,6 +125,10 @@ class Split:
         """Images ``i`` of the split in network space, (len(i), C, H, W)."""
         return self._normalisation.apply(self.pixels(i))
 
+    def first(self, count: int) -> "Split":
+        """The first ``count`` images of the split."""
+        return Split(self._images, self._all_labels, self._index[:count], self._normalisation)
+
     def normalised_by(self, normalisation: Normalisation) -> "Split":
         """The same images under another normalisation."""
         return Split(self._images, self._all_labels, self._index, normalisation)
@@ -164,23 +169,55 @@ def describe(config: DatasetConfig) -> Description:
     return _description(config, facts)
 
 
-def load(config: DatasetConfig, device: torch.device | str = "cpu") -> Dataset:
+class Sender(Protocol):
+    """A process that has opened a data set, and sends it to machines that have not got it."""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What ``open_arrays`` returned there."""
+        ...
+
+    def fill(self, what: str, out: np.ndarray) -> None:
+        """Fills ``out`` with the array ``what`` of ``open_arrays``."""
+        ...
+
+    def __hash__(self) -> int: ...
+
+
+def open_arrays(config: DatasetConfig) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """A data set as it is sent to other machines: facts, and the mapped arrays of its cache."""
+    facts, source = _facts(config)
+    images = _pixels(config, facts, lambda out: _decode(config, source, out))
+    arrays = {"pixels": images}
+    if config.zca:
+        train = _split(config, facts)[1][0]
+        fingerprint = _description(config, facts).fingerprint
+        arrays["zca"] = _zca_bytes(fingerprint, images, lambda out: _fit_zca(images, train, out))
+    return facts, arrays
+
+
+def load(
+    config: DatasetConfig, device: torch.device | str = "cpu", sender: Sender | None = None
+) -> Dataset:
     """The data set as tensors on ``device``; on CPU the pixels stay mapped, not copied.
 
-    The first call on a node decodes every image into the cache (see ``ftd.data.cache``).
+    The first call on a node decodes every image into the cache (see ``ftd.data.cache``), or takes
+    the pixels from a ``sender``; then this machine needs no files of the data set.
     """
-    facts, source = _facts(config)
+    facts, source = (sender.facts, None) if sender else _facts(config)
     description = _description(config, facts)
     labels, (train, val, test) = _split(config, facts)
-    c, r = description.channels, description.resolution
 
     def fill(out: np.ndarray) -> None:
-        decode_into(source or DATASETS[config.name].open(config), out)
+        sender.fill("pixels", out) if sender else _decode(config, source, out)
 
-    key = f"{facts['digest'][:32]}-{c}x{r}x{r}-{DECODE_RULE}"
-    images = cached_arrays(key, len(labels), (c, r, r), fill)
+    def fill_zca(out: np.ndarray) -> None:
+        sender.fill("zca", out) if sender else _fit_zca(images, train, out)
+
+    images = _pixels(config, facts, fill)
     if config.zca:
-        normalisation = _cached_zca(description.fingerprint, images, train)
+        raw = _zca_bytes(description.fingerprint, images, fill_zca)
+        normalisation = _zca_from(raw, int(np.prod(images.shape[1:])))
     elif facts["stats"] is not None:
         mean, std = (torch.tensor(s) for s in facts["stats"])
         normalisation = Normalisation("standard", mean, std)
@@ -267,6 +304,7 @@ def _description(config: DatasetConfig, facts: dict[str, Any]) -> Description:
     )
 
 
+Fill = Callable[[np.ndarray], None]
 Indices = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
@@ -309,15 +347,29 @@ def _hold_out(
     return held, np.setdiff1d(among, held)
 
 
-def _cached_zca(fingerprint: str, images: np.ndarray, train: np.ndarray) -> Normalisation:
+def _decode(config: DatasetConfig, source: Source | None, out: np.ndarray) -> None:
+    decode_into(source or DATASETS[config.name].open(config), out)
+
+
+def _pixels(config: DatasetConfig, facts: dict[str, Any], fill: Fill) -> np.ndarray:
+    """All images of a data set (N, C, H, W), uint8, from the cache."""
+    c, r = facts["channels"], _description(config, facts).resolution
+    key = f"{facts['digest'][:32]}-{c}x{r}x{r}-{DECODE_RULE}"
+    return cached_arrays(key, len(facts["labels"]), (c, r, r), fill)
+
+
+def _zca_bytes(fingerprint: str, images: np.ndarray, fill: Fill) -> np.ndarray:
     """ZCA takes a while to fit: kept beside the pixels, as the bytes of two float32 arrays."""
     values = int(np.prod(images.shape[1:]))
+    return cached_arrays(f"zca-{fingerprint}", 4 * (values + values * values), (), fill)
 
-    def fill(out: np.ndarray) -> None:
-        fitted = fit_zca(images, train)
-        floats = np.concatenate([fitted.mean.numpy().ravel(), fitted.scale.numpy().ravel()])
-        out[:] = floats.view(np.uint8)
 
-    raw = cached_arrays(f"zca-{fingerprint}", 4 * (values + values * values), (), fill)
+def _fit_zca(images: np.ndarray, train: np.ndarray, out: np.ndarray) -> None:
+    fitted = fit_zca(images, train)
+    floats = np.concatenate([fitted.mean.numpy().ravel(), fitted.scale.numpy().ravel()])
+    out[:] = floats.view(np.uint8)
+
+
+def _zca_from(raw: np.ndarray, values: int) -> Normalisation:
     floats = torch.from_numpy(np.asarray(raw).view(np.float32))
     return Normalisation("zca", floats[:values].clone(), floats[values:].view(values, values))

@@ -20,6 +20,10 @@ class TrajectoryStore:
         """The set of that identity; ``create`` it before writing."""
         return ExpertSet(self._fs, f"{self._path}/{set_key(identity)}", identity)
 
+    def at(self, key: str) -> ExpertSet:
+        """The set ``key``, which must be there."""
+        return ExpertSet(self._fs, f"{self._path}/{key}")
+
     def location(self, key: str) -> str:
         """Where the set ``key`` lies."""
         return join(self.uri, key)

@@ -1,0 +1,61 @@
+"""Actors that everybody on a cluster shares: found by name, ended when nobody uses them."""
+
+import asyncio
+import hashlib
+import time
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+NAMESPACE = "ftd"
+IDLE_SECONDS = 600
+"""A shared actor that nobody has used for this long ends."""
+
+
+class Lingering:
+    """Ends its actor when it was neither ``used`` nor ``busy`` for a while."""
+
+    _last_used = 0.0
+    _linger: "asyncio.Task[None] | None" = None
+
+    def used(self) -> None:
+        """To be called in the actor's event loop by whatever serves somebody."""
+        self._last_used = time.monotonic()
+        self._linger = self._linger or asyncio.create_task(self._end_when_idle())
+
+    def busy(self) -> bool:
+        """Whether there is work that nobody has to ask for."""
+        return False
+
+    async def _end_when_idle(self) -> None:
+        while self.busy() or time.monotonic() - self._last_used < IDLE_SECONDS:
+            await asyncio.sleep(IDLE_SECONDS / 10)
+        ray.kill(ray.get_runtime_context().current_actor)
+
+
+def actor_name(kind: str, *args: Any, node: str | None = None) -> str:
+    """The name of the shared actor with these arguments."""
+    text = "\0".join(map(repr, (*args, node)))
+    return f"ftd-{kind}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def shared_actor(cls: type, kind: str, *args: Any, node: str | None = None) -> Any:
+    """The actor of ``cls`` with these arguments; started by whoever asks first.
+
+    It books no CPU. It lives on one ``node`` (an id), or wherever there is room,
+    again and again when it dies.
+    """
+    options: dict[str, Any] = {
+        "name": actor_name(kind, *args, node=node),
+        "namespace": NAMESPACE,
+        "get_if_exists": True,
+        "lifetime": "detached",
+        "num_cpus": 0,
+        "max_concurrency": 10_000,
+        "max_restarts": -1,
+        "max_task_retries": -1,
+    }
+    if node is not None:
+        options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=False)
+    return ray.remote(cls).options(**options).remote(*args)

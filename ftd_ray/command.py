@@ -1,0 +1,72 @@
+"""What the commands have in common: exit codes, checks before work, the tracker."""
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pyarrow as pa
+
+from ftd.errors import UserError
+from ftd_ray.config import SweepConfig
+from ftd_ray.plan import Plan
+from ftd_ray.signals import Interrupted
+from ftd_ray.storage import probe
+
+
+def exit_code(name: str, command: Callable[[], int]) -> int:
+    """Runs a command: its own code, 2 and one line for a user's mistake, 128 + signal."""
+    try:
+        return command()
+    except UserError as error:
+        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except Interrupted as interrupt:
+        return 128 + interrupt.signum
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+
+
+@contextlib.contextmanager
+def reachable(config: SweepConfig) -> Iterator[None]:
+    """Files and servers that do not answer while the plan is made are one clear line."""
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:  # of a data set, the store or the output
+        raise UserError(
+            f"a file or a server does not answer ({error}). Check dataset.root, "
+            f"store.uri={config.store.uri} and output.dir={config.output_dir}."
+        ) from error
+
+
+def open_tracker(config: SweepConfig, *, dry_run: bool) -> Any:
+    """The tracker, once its server has answered; a dry run makes no database."""
+    from ftd_ray.tracking import Tracker
+
+    artifacts = None
+    prefix = "sqlite:///"
+    if config.tracking.uri.startswith(prefix):
+        folder = os.path.dirname(config.tracking.uri.removeprefix(prefix)) or "."
+        probe(folder, "tracking.uri")
+        if dry_run:
+            return None
+        os.makedirs(folder, exist_ok=True)
+        artifacts = os.path.join(folder, "mlartifacts", config.experiment)
+    return Tracker(config.tracking.uri, config.experiment, artifacts)
+
+
+def check_room(plan: Plan, missing: list[str]) -> None:
+    """Raises UserError when the disk or this machine (``missing``, if any) does not suffice."""
+    free = plan.disk_free()
+    if free is not None and plan.bytes_missing > free:
+        raise UserError(
+            f"store.uri={plan.config.store.uri} has {free / 1e9:.1f} GB free, and the experts to "
+            f"build take {plan.bytes_missing / 1e9:.1f} GB. Make room, or lower experts.count "
+            "or experts.epochs."
+        )
+    if missing:
+        raise UserError(
+            f"{missing[0]} on this machine. Lower resources.*, or give the --address of a cluster."
+        )

@@ -1,0 +1,63 @@
+"""The command: python -m ftd_ray.experts FILE [key.path=value ...] [--dry-run].
+
+Fills the store with every expert set that a sweep may ask for, ahead of it. Killed or repeated, it
+trains only what is missing. Exit codes: 0 all experts are there, 1 some set could not be built, 2
+usage or configuration, 128 + signal after an interrupt.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from ftd_ray.command import check_room, exit_code, open_tracker, reachable
+from ftd_ray.config import load_config
+from ftd_ray.plan import lacking, machine_resources, make_plan
+from ftd_ray.signals import signals
+from ftd_ray.storage import probe
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m ftd_ray.experts",
+        description="Train the experts of a sweep into the store, ahead of it.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("file", help="the sweep, as in sweeps/digits.yaml")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key.path=value", help="values in place of the file's"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    parser.add_argument("--address", help="of a Ray cluster; else RAY_ADDRESS, else a local one")
+    args = parser.parse_intermixed_args(argv)
+    console = Console(highlight=False)
+    return exit_code("experts", lambda: _main(args, console))
+
+
+def _main(args: argparse.Namespace, console: Console) -> int:
+    config = load_config(args.file, args.overrides)
+    address = args.address or os.environ.get("RAY_ADDRESS")
+    with reachable(config):
+        plan = make_plan(config)
+    probe(config.store.uri, "store.uri")
+    tracker = open_tracker(config, dry_run=args.dry_run)
+    missing = []
+    if address is None:
+        missing = lacking(config, machine_resources(), experts_only=True)
+    console.print(plan.experts_text(missing), soft_wrap=True, markup=False)
+    if args.dry_run:
+        return 0
+    if not any(s.missing for s in plan.sets):
+        console.print("every expert is in the store", markup=False)
+        return 0
+    check_room(plan, missing)
+    from ftd_ray.experts.fill import Fill  # brings Ray, which a plan does without
+
+    with signals() as handled:
+        return Fill(config, plan, tracker, console, handled).run(address)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

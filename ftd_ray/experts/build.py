@@ -1,0 +1,102 @@
+"""Building an expert into the store: what an expert actor does, without Ray.
+
+It publishes in parts, so a process that dies costs a few epochs, and whoever builds that expert
+next goes on from there.
+"""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from ftd.data import Dataset, DatasetConfig, Sender, load
+from ftd.expert import ExpertConfig, Numerics, Snapshot, train_expert
+from ftd.trajectory import PART_EPOCHS, Overtaken
+from ftd_ray.experts.orders import GpuFull
+from ftd_ray.store import TrajectoryStore
+
+OVERTAKEN_AT_MOST = 4
+"""Times that a build goes on from what another writer published."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertRequest:
+    """All that training an expert set depends on."""
+
+    store_uri: str
+    identity: dict[str, Any]
+    dataset: DatasetConfig
+    sender: Sender | None = None
+    """Where the data set comes from on nodes that have not got it."""
+    experts: ExpertConfig
+    numerics: Numerics
+
+
+OnEpoch = Callable[[Snapshot], None]
+
+
+def build_expert(request: ExpertRequest, index: int, on_epoch: OnEpoch) -> None:
+    """Trains expert ``index`` of a request into the store, on from what is published of it.
+
+    Raises Diverged, GpuFull, or UserError for a store that cannot be written.
+    """
+    for attempt in itertools.count(1):
+        try:
+            return _build(request, index, on_epoch)
+        except Overtaken:  # by another cluster that shares the store, or by its quarantine
+            if attempt == OVERTAKEN_AT_MOST:
+                raise
+        except torch.OutOfMemoryError as error:
+            raise GpuFull(
+                "an expert needs more GPU memory than it was given. "
+                "Raise resources.gpus_per_expert, or write auto."
+            ) from error
+
+
+def _build(request: ExpertRequest, index: int, on_epoch: OnEpoch) -> None:
+    device = request.numerics.apply()
+    data = _dataset(request.dataset, str(device), request.sender)
+    experts = TrajectoryStore(request.store_uri).expert_set(request.identity)
+    experts.create()
+    waiting: list[Snapshot] = []
+    epochs = request.experts.epochs
+    for snapshot in train_expert(
+        request.experts,
+        data,
+        index,
+        epochs=epochs,
+        resume=experts.resume_point(index),
+        device=device,
+    ):
+        waiting.append(snapshot)
+        if snapshot.epoch == epochs or (snapshot.epoch and snapshot.epoch % PART_EPOCHS == 0):
+            experts.append(index, waiting)
+            waiting = []
+        on_epoch(snapshot)
+
+
+def gpu_need(request: ExpertRequest) -> tuple[int, int]:
+    """Bytes of this process's GPU that training takes, context included, and that there are.
+
+    Measured by an epoch of a few batches, in a process that has done nothing else on the GPU.
+    """
+    device = request.numerics.apply()
+    data = _dataset(request.dataset, str(device), request.sender)
+    few = replace(data, train=data.train.first(3 * request.experts.batch_size))
+    for _ in train_expert(request.experts, few, 0, epochs=1, device=device):
+        pass
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free, total
+
+
+def limit_gpu_memory(share: float) -> None:
+    """Keeps this process to its share of the GPU, so that it cannot push its neighbours out."""
+    torch.cuda.set_per_process_memory_fraction(share)
+
+
+@lru_cache(maxsize=1)
+def _dataset(config: DatasetConfig, device: str, sender: Sender | None) -> Dataset:
+    return load(config, device, sender)

@@ -1,0 +1,114 @@
+"""A driver's side of the broker: its orders, and what came of them, kept over a broker's death."""
+
+import contextlib
+import pickle
+import time
+import uuid
+from dataclasses import replace
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from ftd.data.dataset import Description
+from ftd.expert import ExpertConfig, set_key
+from ftd_ray.config import SweepConfig
+from ftd_ray.experts.broker import broker
+from ftd_ray.experts.build import ExpertRequest
+from ftd_ray.experts.orders import ExpertOrder, FleetStatus
+from ftd_ray.shipping import Shipment, ship
+
+POLL_SECONDS = 1.0
+TOUCH_SECONDS = 60
+
+
+class BrokerClient:
+    """Orders expert sets of one sweep and follows them; ``status`` is the broker's latest word."""
+
+    def __init__(self, config: SweepConfig, data: Description):
+        self._config, self._data = config, data
+        self.shipment: Shipment | None = None
+        """The data set for nodes that have not got it, once ``ship`` was called."""
+        self._touched = time.monotonic()
+        self._asker = uuid.uuid4().hex
+        self.status = FleetStatus()
+        self._pending: Any = None
+        self._polled = 0.0
+        self._notes_told = 0
+
+    def ship(self) -> None:
+        """Makes the data set of this machine that of every node; it is kept open by ``poll``."""
+        self.shipment = ship(self._config.dataset)
+
+    @property
+    def broker(self) -> Any:
+        """The broker's handle; it is started when there is none."""
+        return broker(self._config.store.uri)
+
+    def order(self, experts: ExpertConfig, *, urgent: bool) -> ExpertOrder:
+        """The order for the set of ``experts``, which may be given to anyone to place."""
+        config, r = self._config, self._config.resources
+        identity = config.identity(experts, self._data)
+        request = ExpertRequest(
+            store_uri=config.store.uri,
+            identity=identity,
+            dataset=config.dataset,
+            sender=self.shipment,
+            experts=experts,
+            numerics=r.expert_numerics,
+        )
+        return ExpertOrder(
+            asker=self._asker,
+            key=set_key(identity),
+            identity=identity,
+            count=experts.count,
+            epochs=experts.epochs,
+            work=pickle.dumps(request),
+            cpus=r.cpus_per_expert,
+            gpus=r.expert_gpus,
+            urgent=urgent,
+        )
+
+    def poll(self) -> bool:
+        """Asks about once a second, without waiting; says whether an answer came."""
+        if self.shipment is not None and time.monotonic() - self._touched > TOUCH_SECONDS:
+            self._touched = time.monotonic()
+            self.shipment.keep()
+        if self._pending is None:
+            if time.monotonic() - self._polled < POLL_SECONDS:
+                return False
+            self._polled = time.monotonic()
+            self._pending = self.broker.status.remote(self._asker)
+        ready, _ = ray.wait([self._pending], timeout=0)
+        if not ready:
+            return False
+        pending, self._pending = self._pending, None
+        with contextlib.suppress(RayError):
+            self._take(ray.get(pending))
+            return True
+        return False
+
+    def look(self) -> FleetStatus:
+        """Asks now, and waits for the answer."""
+        self._take(ray.get(self.broker.status.remote(self._asker)))
+        return self.status
+
+    def end(self) -> None:
+        """Says that this driver wants nothing more: what only it wanted is not built."""
+        with contextlib.suppress(RayError):
+            ray.get(self.broker.withdraw.remote(self._asker), timeout=10)
+
+    def new_notes(self) -> list[str]:
+        """What the user should know and was not told yet."""
+        told, self._notes_told = self._notes_told, len(self.status.notes)
+        return list(self.status.notes[told:])
+
+    def _take(self, status: FleetStatus) -> None:
+        """A broker that came back knows less than the one before: what was built stays known."""
+        known = self.status.sets
+        merged = {
+            key: replace(s, built=known[key].built | s.built) if key in known else s
+            for key, s in status.sets.items()
+        }
+        self._notes_told = min(self._notes_told, len(status.notes))
+        self.status = replace(status, sets=known | merged)

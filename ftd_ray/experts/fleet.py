@@ -1,0 +1,233 @@
+"""The fleet: expert actors of one size, as many as there is work for and the cluster has room for.
+
+An actor takes the next build when it stands, so one that still waits for a node holds no work up.
+Waiting actors are demand that an autoscaler sees; with the last build they are withdrawn.
+"""
+
+import asyncio
+import contextlib
+import heapq
+import pickle
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+
+from ftd.errors import UserError
+from ftd_ray.experts.room import room_for
+
+ATTEMPTS = 4
+"""Times that an expert is tried when its actor or node dies."""
+RECOUNT_SECONDS = 2
+"""While there is work, the cluster's size is looked at this often."""
+GPU_HEADROOM = 0.92
+"""Share of a GPU's memory that experts together may fill."""
+EXPERTS_PER_GPU = 8
+"""At most, however small they are: more only wait for each other."""
+
+
+class ExpertActor:
+    """Shell of ``ftd_ray.experts.build``: trains one expert after another."""
+
+    def node(self) -> str:
+        """The address of the node that the actor stands on."""
+        return ray.util.get_node_ip_address()
+
+    def build(self, work: bytes, key: str, index: int, share: float | None, broker: Any) -> float:
+        """Builds an expert of a pickled ExpertRequest; returns the seconds that it took."""
+        from ftd_ray.experts.build import build_expert, limit_gpu_memory
+
+        if share is not None:
+            limit_gpu_memory(share)
+        began = time.monotonic()
+
+        def on_epoch(snapshot: Any) -> None:
+            broker.epoch_done.remote(key, index, snapshot.epoch, snapshot.val_accuracy)
+
+        build_expert(pickle.loads(work), index, on_epoch)
+        return time.monotonic() - began
+
+    def gpu_need(self, work: bytes) -> tuple[int, int]:
+        """Bytes of its GPU that one such expert takes, and that there are."""
+        from ftd_ray.experts.build import gpu_need
+
+        return gpu_need(pickle.loads(work))
+
+
+@dataclass(order=True)
+class Build:
+    """One expert to be trained. The smallest ``rank`` is next."""
+
+    rank: tuple[int, int, int]
+    """(0 when a trial waits, turn of the order, expert)."""
+    key: str = field(compare=False)
+    index: int = field(compare=False)
+    work: bytes = field(compare=False)
+    done: asyncio.Future[float] = field(compare=False)
+    losses: int = field(default=0, compare=False)
+    node: str | None = field(default=None, compare=False)
+    """Where it is being trained."""
+    worker: "Worker | None" = field(default=None, compare=False, repr=False)
+
+
+@dataclass(eq=False)
+class Worker:
+    """One expert actor."""
+
+    actor: Any
+    node: str | None = None
+    """None while the actor waits for a place."""
+    build: Build | None = None
+    life: "asyncio.Task[None] | None" = field(default=None, repr=False)
+
+
+class Fleet:
+    """Expert actors of (cpus, gpus) each. Lives in the event loop of the broker.
+
+    ``share`` limits each to that share of its GPU's memory.
+    """
+
+    def __init__(
+        self,
+        cpus: float,
+        gpus: float,
+        *,
+        share: float | None = None,
+        actor: type = ExpertActor,
+        room: Callable[[float, float], int] | None = None,
+    ) -> None:
+        self.size, self._share = (cpus, gpus), share
+        self._actor, self._room = actor, room or room_for
+        self._queue: list[Build] = []
+        self.workers: set[Worker] = set()
+        self._failed_starts = 0
+        self._keeper: asyncio.Task[None] | None = None
+        self._wake = asyncio.Event()
+
+    async def run(self, build: Build) -> float:
+        """Has it built; returns the seconds of work. Raises what the actor raised, or UserError."""
+        self._push(build)
+        return await build.done
+
+    def hasten(self, build: Build, rank: tuple[int, int, int]) -> None:
+        """Moves a build that waits forward."""
+        if rank < build.rank:
+            build.rank = rank
+            heapq.heapify(self._queue)
+
+    def drop(self, build: Build) -> None:
+        """Nobody wants it any more. What its actor has published stays."""
+        if build in self._queue:
+            self._queue.remove(build)
+            heapq.heapify(self._queue)
+        if not build.done.done():
+            build.done.cancel()
+        if build.worker is not None:
+            ray.kill(build.worker.actor)
+
+    def _push(self, build: Build) -> None:
+        heapq.heappush(self._queue, build)
+        self._wake.set()
+        if self._keeper is None or self._keeper.done():
+            self._keeper = asyncio.create_task(self._keep())
+
+    async def _keep(self) -> None:
+        """Starts and withdraws actors while there is work."""
+        room = 1
+        while self._queue or self.workers:
+            self._wake.clear()
+            with contextlib.suppress(RayError):
+                room = await asyncio.to_thread(self._room, *self.size)
+            busy = sum(w.build is not None for w in self.workers)
+            wanted = min(room, busy + len(self._queue))
+            for _ in range(wanted - len(self.workers)):
+                worker = Worker(start_actor(*self.size, self._actor))
+                self.workers.add(worker)
+                worker.life = asyncio.create_task(self._live(worker))
+            surplus = [w for w in self.workers if w.node is None]
+            for worker in surplus[: max(0, len(self.workers) - wanted)]:
+                self._dismiss(worker)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), RECOUNT_SECONDS)
+
+    def _dismiss(self, worker: Worker) -> None:
+        self.workers.discard(worker)
+        ray.kill(worker.actor)
+
+    async def _live(self, worker: Worker) -> None:
+        """An actor's life: waits for a place, builds while there is something to build."""
+        try:
+            worker.node = await worker.actor.node.remote()
+            self._failed_starts = 0
+            while self._queue:
+                build = heapq.heappop(self._queue)
+                worker.build, build.worker, build.node = build, worker, worker.node
+                await self._one(worker.actor, build)
+                worker.build = build.worker = build.node = None
+        except RayError as error:  # its process or its node is gone, or its memory
+            if worker.build is not None:
+                self._lost(worker.build)
+            elif worker in self.workers:  # not dismissed
+                self._failed_start(error)
+        finally:
+            if worker in self.workers:
+                self._dismiss(worker)
+            self._wake.set()
+
+    async def _one(self, actor: Any, build: Build) -> None:
+        me = ray.get_runtime_context().current_actor
+        try:
+            seconds = await actor.build.remote(build.work, build.key, build.index, self._share, me)
+        except RayTaskError as error:
+            if not build.done.done():
+                build.done.set_exception(error)
+        else:
+            if not build.done.done():
+                build.done.set_result(seconds)
+
+    def _lost(self, build: Build) -> None:
+        build.worker = build.node = None
+        build.losses += 1
+        if build.done.done():
+            return
+        if build.losses < ATTEMPTS:
+            self._push(build)
+            return
+        build.done.set_exception(
+            UserError(
+                f"expert {build.index} of set {build.key} was lost {ATTEMPTS} times with its "
+                "process. Does an expert need more memory than there is?"
+            )
+        )
+
+    def _failed_start(self, error: RayError) -> None:
+        self._failed_starts += 1
+        if self._failed_starts < ATTEMPTS or not self._queue:
+            return
+        self._failed_starts = 0
+        build = heapq.heappop(self._queue)
+        if not build.done.done():
+            reason = " ".join(str(error).split())[:200]
+            build.done.set_exception(
+                UserError(f"expert actors could not be started {ATTEMPTS} times ({reason}).")
+            )
+
+
+def start_actor(cpus: float, gpus: float, actor: type = ExpertActor) -> Any:
+    """A new expert actor, spread over the nodes; it may have to wait for its place."""
+    options = {"num_cpus": cpus, "num_gpus": gpus, "scheduling_strategy": "SPREAD"}
+    return ray.remote(actor).options(**options).remote()
+
+
+def gpu_share(need: int, total: int) -> float:
+    """The share of a GPU of ``total`` bytes for an expert of ``need``: as many as fit, evenly."""
+    fitting = int(total * GPU_HEADROOM) // max(1, need)
+    if fitting < 1:
+        raise UserError(
+            f"an expert takes {need / 1e9:.1f} GB of GPU memory, and the GPU has "
+            f"{total / 1e9:.1f} GB. Lower experts.batch_size or the network's width."
+        )
+    return 1 / min(fitting, EXPERTS_PER_GPU)

@@ -1,0 +1,67 @@
+"""What drivers and the broker tell each other: orders one way, the fleet's status the other."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ftd.errors import UserError
+
+
+class GpuFull(UserError):
+    """The GPU's memory, or the share of it that an expert may take, does not suffice."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertOrder:
+    """An expert set that somebody wants: so many experts of so many epochs."""
+
+    asker: str
+    """The process that pays for what has to be built, and is told of it."""
+    key: str
+    identity: dict[str, Any]
+    count: int
+    epochs: int
+    work: bytes
+    """A pickled ``ftd_ray.experts.build.ExpertRequest``."""
+    cpus: float
+    gpus: float | None
+    """None for a share of a GPU that is measured."""
+    urgent: bool = True
+    """Whether a trial waits for it; what is only built ahead comes after all that is urgent."""
+
+
+@dataclass(kw_only=True)
+class SetStatus:
+    """One expert set, as one asker sees it."""
+
+    needed: int
+    epochs: int
+    present: frozenset[int]
+    """Experts of those needed that are in the store."""
+    built: dict[int, float]
+    """Expert -> seconds, of those that were built because of this asker."""
+    running: dict[int, int]
+    """Expert in training -> its last finished epoch."""
+    epochs_left: int
+    curves: dict[int, dict[int, float]]
+    """Expert -> epoch -> validation accuracy, of what was trained since the broker started."""
+
+
+@dataclass(kw_only=True)
+class NodeStatus:
+    """One node of the fleet."""
+
+    running: int = 0
+    epochs_per_second: float = 0.0
+    """Over the last minute."""
+
+
+@dataclass(kw_only=True)
+class FleetStatus:
+    """What the broker knows, for progress lines and for MLflow."""
+
+    sets: dict[str, SetStatus] = field(default_factory=dict)
+    nodes: dict[str, NodeStatus] = field(default_factory=dict)
+    starting: int = 0
+    """Expert actors that wait for room on the cluster."""
+    notes: tuple[str, ...] = ()
+    """What a user should know, such as experts that were found damaged."""
