@@ -1,195 +1,57 @@
-"""The matching step through one graph against the rematerialised one, side by side.
-
-Each figure is measured in a process of its own (peak memory is a property of a process), the two
-variants take turns, and the ratio is taken pair by pair, so that a machine whose speed drifts
-drifts for both. Both are checked to give the same gradients first.
-"""
+"""python -m benchmarks [PART ...]: measures, then writes results.json and README.md."""
 
 import argparse
 import json
-import platform
-import statistics
-import subprocess
-import sys
-import time
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-import torch
-
-from ftd import augment
-from ftd.distill import DistillConfig, draw_inner_steps
-from ftd.matching import GRADIENTS, Match, cross_entropy
-from ftd.networks import build_network
-from ftd.seeds import generator
-
-HERE = Path(__file__).parent
+from benchmarks import fleet, matching, precision, segments
+from benchmarks.report import HEAD, HERE, RESULTS, conditions, machine, read_results
 
 
-@dataclass(frozen=True)
-class Case:
-    """A matching step on noise images of CIFAR's shape, 10 classes."""
+class Part(NamedTuple):
+    """One subject: how it is measured and how it is shown."""
 
-    name: str
-    network: str
-    ipc: int
-    syn_steps: int
+    title: str
+    run: Callable[[], dict[str, Any]]
+    render: Callable[[dict[str, Any]], list[str]]
 
 
-CASES = (
-    Case("IPC 1, N = 50", "ConvNetD3", 1, 50),
-    Case("IPC 10, N = 30", "ConvNetD3", 10, 30),
-)
+PARTS = {
+    "matching": Part(
+        "One matching step: direct unroll against rematerialised", matching.run, matching.render
+    ),
+    "segments": Part("Reading segments of trajectories", segments.run, segments.render),
+    "precision": Part("Snapshots in fewer bits", precision.run, precision.render),
+    "fleet": Part("Training experts on a cluster", fleet.run, fleet.render),
+}
 
 
-def step(case: Case, gradient: str, dtype: torch.dtype = torch.float32) -> Match:
-    """One matching step of a case; the same for every call and every variant."""
-    network = build_network(case.network, channels=3, resolution=32, classes=10)
-    gen = generator(0, "bench", case.name)
-    n = 10 * case.ipc
-    images = torch.randn(n, 3, 32, 32, generator=gen)
-    labels = torch.arange(10).repeat_interleave(case.ipc)
-    start = network.init(gen)
-    target = start + 0.01 * torch.randn(network.size, generator=gen)
-    config = DistillConfig(ipc=case.ipc, syn_steps=case.syn_steps)
-    steps = draw_inner_steps(config, n, augment.FULL, gen, torch.device("cpu"))
-    eta = torch.tensor(0.01, dtype=dtype)
-    start, target, images = (t.to(dtype) for t in (start, target, images))
-    return GRADIENTS[gradient](cross_entropy(network), start, target, images, labels, eta, steps)
-
-
-def measure(case: Case, gradient: str, threads: int) -> dict[str, float]:
-    """Seconds of a step after a short warm-up, and peak memory above the idle process (MiB)."""
-    torch.set_num_threads(threads)
-    step(Case("warm-up", case.network, 1, 2), gradient)
-    idle = _memory("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    began = time.perf_counter()
-    step(case, gradient)
-    seconds = time.perf_counter() - began
-    return {"seconds": seconds, "mib": max(_memory("VmHWM") - idle, 1.0)}
-
-
-def _memory(field: str) -> float:
-    """A figure of this process's memory in MiB (Linux; getrusage's peak is the parent's too)."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) / 1024
-    raise AssertionError(f"no {field} in /proc/self/status")
-
-
-def in_a_process(case: Case, gradient: str, threads: int) -> dict[str, float]:
-    command = [sys.executable, "-m", "benchmarks", "--measure", case.name, gradient]
-    command += ["--threads", str(threads)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=HERE.parent)
-    return json.loads(done.stdout)
-
-
-def relative_error(case: Case) -> float:
-    """Largest relative difference of the two variants' gradients, at width 16 and N <= 20.
-
-    In float64: on noise, the kinks of ReLU amplify float32's rounding in both variants alike.
-    """
-    small = Case(case.name, "ConvNetD3W16", case.ipc, min(case.syn_steps, 20))
-    a, b = (step(small, g, torch.float64) for g in ("direct", "rematerialised"))
-    pairs = ((a.grad_images, b.grad_images), (a.grad_lr, b.grad_lr))
-    return max(float((x - y).norm() / x.norm()) for x, y in pairs)
-
-
-def run(repeats: int, threads: int) -> dict[str, Any]:
-    rows = []
-    for case in CASES:
-        error = relative_error(case)
-        assert error < 1e-10, f"{case.name}: the two variants differ by {error:g}"
-        runs: dict[str, list[dict[str, float]]] = {g: [] for g in GRADIENTS}
-        for _ in range(repeats):
-            for gradient in GRADIENTS:
-                runs[gradient].append(in_a_process(case, gradient, threads))
-        ratios = {
-            what: [r[what] / d[what] for r, d in zip(runs["rematerialised"], runs["direct"],
-                                                     strict=True)]
-            for what in ("seconds", "mib")
-        }  # fmt: skip
-        rows.append({"case": asdict(case), "relative_error": error, "runs": runs, "ratios": ratios})
-        print(f"{case.name}: time x {statistics.median(ratios['seconds']):.2f}, "
-              f"memory x {statistics.median(ratios['mib']):.3f}", flush=True)  # fmt: skip
-    return {
-        "machine": {
-            "processor": _processor(),
-            "threads": threads,
-            "python": platform.python_version(),
-            "torch": str(torch.__version__),
-            "date": time.strftime("%Y-%m-%d"),
-        },
-        "matching": rows,
-    }
-
-
-def render(results: dict[str, Any]) -> str:
-    m = results["machine"]
-    lines = [
-        "# Benchmarks",
-        "",
-        "Written by `make bench`. Each figure is the median of the runs, with the smallest and the",
-        "largest; every run is a process of its own, and the two variants take turns.",
-        "",
-        f"{m['processor']}, {m['threads']} threads, Python {m['python']}, torch {m['torch']}, "
-        f"{m['date']}.",
-        "",
-        "## One matching step: direct unroll against rematerialised",
-        "",
-        "ConvNet D3, 32 x 32 x 3, 10 classes, float32, DSA on. Memory is the peak above the idle",
-        "process. Both give the same gradients: the last column is their relative difference in",
-        "float64, at width 16 and N = 20.",
-        "",
-        "| case | direct | rematerialised | time | memory | difference |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in results["matching"]:
-        cells = [row["case"]["name"]]
-        for g in ("direct", "rematerialised"):
-            seconds = _spread([r["seconds"] for r in row["runs"][g]], "{:.1f} s")
-            mib = _spread([r["mib"] for r in row["runs"][g]], "{:.0f} MiB")
-            cells.append(f"{seconds}, {mib}")
-        cells.append(_spread(row["ratios"]["seconds"], "x {:.2f}"))
-        cells.append(_spread(row["ratios"]["mib"], "x {:.3f}"))
-        cells.append(f"{row['relative_error']:.0e}")
-        lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", "GPU figures: none yet."]
+def page(results: dict[str, Any]) -> str:
+    """README.md: every part that was measured, with the conditions of its run."""
+    lines = [HEAD]
+    for name, part in PARTS.items():
+        if name in results:
+            lines += [f"## {part.title}", "", conditions(results[name]["machine"]), ""]
+            lines += [*part.render(results[name]["results"]), ""]
+    lines.append("GPU figures: none yet.")
     return "\n".join(lines) + "\n"
-
-
-def _spread(values: list[float], form: str) -> str:
-    median = form.format(statistics.median(values))
-    return f"{median} ({form.format(min(values))} … {form.format(max(values))})"
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}")
     args = parser.parse_args()
-    if args.measure:
-        name, gradient = args.measure
-        case = next(c for c in CASES if c.name == name)
-        print(json.dumps(measure(case, gradient, args.threads)))
-        return
-    results = run(args.repeats, args.threads)
-    (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    (HERE / "README.md").write_text(render(results))
-    print(f"wrote {HERE / 'results.json'} and README.md")
+    unknown = [p for p in args.parts if p not in PARTS]
+    if unknown:
+        parser.error(f"{unknown[0]} is not a part. Take one of {', '.join(PARTS)}.")
+    for name in args.parts or PARTS:
+        print(f"--- {name}", flush=True)
+        measured = {"machine": machine(), "results": PARTS[name].run()}
+        results = read_results() | {name: measured}  # other parts keep their last figures
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        (HERE / "README.md").write_text(page(results))
+    print(f"wrote {RESULTS} and README.md")
 
 
 if __name__ == "__main__":

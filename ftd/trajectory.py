@@ -30,6 +30,7 @@ import re
 import time
 import uuid
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -143,6 +144,19 @@ class _End(NamedTuple):
         return cls(snapshot.epoch, digest, part)
 
 
+class _File(NamedTuple):
+    """An open part."""
+
+    source: Any
+    metadata: pq.FileMetaData | None = None
+
+    def reader(self) -> pq.ParquetFile:
+        """For one read: a reader keeps the bytes of what it read last."""
+        return pq.ParquetFile(
+            self.source, metadata=self.metadata, page_checksum_verification=True, pre_buffer=True
+        )
+
+
 class ExpertSet:
     """One expert set. Reading trusts manifests only; writing publishes by them.
 
@@ -165,7 +179,8 @@ class ExpertSet:
                 value = json.loads(found)
                 _check_schema(value.get("schema", SCHEMA_VERSION), where)
                 self.identity = value["identity"]
-                set_key(self.identity)
+                if not isinstance(self.identity, dict):
+                    raise TypeError("its identity is no mapping")
             except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
                 raise DamagedError(f"{where} is damaged ({error!r}).") from error
             if identity is not None and self.identity != json.loads(json.dumps(identity)):
@@ -175,7 +190,12 @@ class ExpertSet:
                 )
         self.key = set_key(self.identity)
         self.precision: str = self.identity.get("snapshots", "float32")
-        self._files: dict[str, pq.ParquetFile] = {}
+        if self.precision not in PRECISIONS:
+            raise UserError(
+                f"{path} keeps snapshots in {self.precision}; this program knows "
+                f"{', '.join(PRECISIONS)}. Use the version that wrote it, or another store."
+            )
+        self._files: dict[str, _File] = {}
         self._manifests: dict[int, Manifest] = {}
         self._base: dict[int, _End] = {}
         """Expert -> what its writer, this object, trains on from."""
@@ -261,8 +281,8 @@ class ExpertSet:
         for part in manifest.parts if manifest else ():
             path = self._part_path(expert, part)
             try:
-                with self._open(expert, part, pre_buffer=True) as file:  # one pass, not by rows
-                    table = file.read(columns=["epoch", "train_loss", "val_accuracy"])
+                reader = self._open(expert, part).reader()  # one pass, not by rows
+                table = reader.read(columns=["epoch", "train_loss", "val_accuracy"])
                 rows += zip(*(c.to_pylist() for c in table.columns), strict=True)
             except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
                 raise self._damage(path, part, error) from error
@@ -389,21 +409,21 @@ class ExpertSet:
             if path not in self._files:
                 file = self._open(expert, part)
                 while len(self._files) >= OPEN_FILES:
-                    self._files.pop(next(iter(self._files))).close()
+                    self._files.pop(next(iter(self._files))).source.close()
                 self._files[path] = file
-            table = self._files[path].read_row_group(group, columns=columns)
+            table = self._files[path].reader().read_row_group(group, columns=columns)
             if table.schema.names != (columns or _schema(self.precision).names):
                 raise ValueError(f"its columns are {', '.join(table.schema.names)}")
             return table
         except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
             raise self._damage(path, part, error) from error
 
-    def _open(self, expert: int, part: Part, *, pre_buffer: bool = False) -> pq.ParquetFile:
+    def _open(self, expert: int, part: Part) -> "_File":
         path = self._part_path(expert, part)
-        file = pq.ParquetFile(
-            self.fs.open_input_file(path), page_checksum_verification=True, pre_buffer=pre_buffer
-        )
-        metadata = json.loads((file.schema_arrow.metadata or {})[b"ftd"])
+        file = _File(self.fs.open_input_file(path))
+        reader = file.reader()
+        file = file._replace(metadata=reader.metadata)
+        metadata = json.loads((reader.schema_arrow.metadata or {})[b"ftd"])
         if metadata["set"] != self.key or metadata["expert"] != expert:
             raise DamagedError(
                 f"{path} holds expert {metadata['expert']} of set {metadata['set']}, "
@@ -429,23 +449,26 @@ class ExpertSet:
     def _whole(self, path: str, part: Part) -> bytes:
         """A part's bytes, if they are those that the manifest promises."""
         try:
-            with self.fs.open_input_stream(path) as stream:
-                data = stream.read()
+            with self.fs.open_input_file(path) as file:  # knows its size: one request
+                data = file.read()
         except OSError as error:
             if isinstance(error, FileNotFoundError) or error.errno == errno.EIO:
                 raise DamagedError(f"{path} cannot be read ({error}).") from error
             raise
-        if len(data) != part.bytes or hashlib.sha256(data).hexdigest() != part.sha256:
+        if len(data) != part.bytes:
             raise DamagedError(
-                f"{path} is damaged: {len(data)} bytes of another checksum where the manifest "
-                f"says {part.bytes} bytes."
+                f"{path} is damaged: it has {len(data)} bytes where its manifest says {part.bytes}."
+            )
+        if hashlib.sha256(data).hexdigest() != part.sha256:
+            raise DamagedError(
+                f"{path} is damaged: it has another checksum than its manifest says."
             )
         return data
 
     def _forget(self, expert: int) -> Manifest | None:
         """Drops what is known of an expert's files; returns the manifest they were read by."""
         for path in [p for p in self._files if p.startswith(f"{self.folder(expert)}/")]:
-            self._files.pop(path).close()
+            self._files.pop(path).source.close()
         return self._manifests.pop(expert, None)
 
     def folder(self, expert: int) -> str:
@@ -486,6 +509,11 @@ def quarantine_stamp() -> str:
     return f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:4]}"
 
 
+def _upload(filesystem: pafs.FileSystem, path: str, data: bytes) -> None:
+    with filesystem.open_output_stream(path) as stream:
+        stream.write(data)
+
+
 def put(filesystem: pafs.FileSystem, path: str, data: bytes, *, once: bool = False) -> None:
     """Writes a whole file at once: nobody sees half of it, and a failure leaves nothing.
 
@@ -498,8 +526,8 @@ def put(filesystem: pafs.FileSystem, path: str, data: bytes, *, once: bool = Fal
         and isinstance(filesystem.base_fs, pafs.LocalFileSystem)
     )
     if not local:  # object stores show an object when its upload is complete
-        with filesystem.open_output_stream(path) as stream:
-            stream.write(data)
+        with ThreadPoolExecutor(1) as pool:  # which an interrupt in the middle would make it
+            pool.submit(_upload, filesystem, path, data).result()
         return
     temporary = f"{path}.{uuid.uuid4().hex[:8]}.part"
     try:

@@ -29,6 +29,8 @@ class Listener(Protocol):
 
     def trial_ended(self, ended: Ended) -> None: ...
 
+    def halted(self, number: int, reason: str) -> None: ...
+
 
 class DriverOnly:
     """Tune pickles its parts for ``Tuner.restore``, which is not used here: the study resumes."""
@@ -84,6 +86,9 @@ class StudyScheduler(DriverOnly, FIFOScheduler):
         self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]
     ) -> str:
         number = _number(trial)
+        if "halt" in result:
+            self._listener.halted(number, result["halt"])
+            return TrialScheduler.CONTINUE
         if "failure" in result:
             self._reasons[number] = result["failure"]
             return TrialScheduler.CONTINUE  # the trial raises at its next step

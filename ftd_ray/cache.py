@@ -6,10 +6,10 @@ asked for them first; the least recently used go when their bytes exceed a limit
 """
 
 import asyncio
-import threading
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import ray
@@ -22,40 +22,43 @@ from ftd_ray.store import TrajectoryStore
 
 READERS = 4
 """Snapshots that a node reads at a time."""
+SETS_OPEN = 8
+"""Sets whose files a reader keeps open."""
 OBJECT_STORE_SHARE = 0.5
 """Of a node's object store, at most, whatever limit is asked for."""
 ATTEMPTS = 3
 """Times that a worker asks a cache that dies; then it reads the store itself."""
 
-Place = tuple[str, str, int]
-"""(set, part file, epoch): the part's name holds its checksum, so equal places, equal bits."""
+Place = tuple[str, int, int, str]
+"""(set, expert, epoch, part file): the file's name holds its checksum: equal places, equal bits."""
+T = TypeVar("T")
 
 
 class SegmentCache(Lingering):
     """The actor. Snapshots are read once, however many ask for them at the same time."""
 
     def __init__(self, store_uri: str, schema: int, version: str) -> None:
-        self._uri = store_uri
+        self._most = int(_object_store_bytes() * OBJECT_STORE_SHARE)
         self._limit = 0
+        self._readers = [_Reader(store_uri) for _ in range(READERS)]
+        self._files: dict[tuple[str, int], dict[int, str]] = {}
+        """(set, expert) -> epoch -> part file, all by one manifest."""
         self._kept: OrderedDict[Place, tuple[Any, int]] = OrderedDict()
         self._bytes = 0
-        self._reading: dict[tuple[str, int, int], asyncio.Task[Any]] = {}
-        self._pool = ThreadPoolExecutor(READERS, "read")
-        self._local = threading.local()
-        self._rounds: dict[str, int] = defaultdict(int)
-        """Set -> how often its files were found damaged."""
+        self._reading: dict[Place, asyncio.Task[Any]] = {}
         self._hits = self._misses = 0
 
-    async def allow(self, limit: int) -> None:
-        """Lets the cache take ``limit`` bytes; of several limits the largest counts."""
-        self.used()
-        most = await asyncio.to_thread(_object_store_bytes)
-        self._limit = max(self._limit, min(limit, int(most * OBJECT_STORE_SHARE)))
+    async def get(self, key: str, expert: int, epochs: tuple[int, ...], limit: int) -> list[Any]:
+        """References to (P,) float32 arrays of an expert at these epochs of one trajectory.
 
-    async def get(self, key: str, expert: int, epochs: tuple[int, ...]) -> list[Any]:
-        """References to (P,) float32 arrays of an expert at these epochs."""
+        Of several limits, in bytes, the largest counts.
+        """
         self.used()
-        return await asyncio.gather(*(self._one(key, expert, e) for e in epochs))
+        self._limit = max(self._limit, min(limit, self._most))
+        try:
+            return await self._segment(key, expert, epochs)
+        except DamagedError:  # or taken away and trained anew: then all epochs are of the new one
+            return await self._segment(key, expert, epochs)
 
     async def figures(self) -> dict[str, int]:
         """hits, misses, bytes and limit, for tests and benchmarks."""
@@ -66,25 +69,37 @@ class SegmentCache(Lingering):
             "limit": self._limit,
         }
 
-    async def _one(self, key: str, expert: int, epoch: int) -> Any:
-        name = (key, expert, epoch)
-        task = self._reading.get(name)
-        if task is None:
-            task = self._reading[name] = asyncio.create_task(self._fetch(*name))
-            task.add_done_callback(lambda _: self._reading.pop(name, None))
-        return await asyncio.shield(task)
+    async def _segment(self, key: str, expert: int, epochs: tuple[int, ...]) -> list[Any]:
+        reader = self._readers[expert % READERS]
+        try:
+            files = self._files.get((key, expert), {})
+            if not files.keys() >= set(epochs):
+                files = await reader.run(reader.files, key, expert, {*files, *epochs})
+                self._files[key, expert] = files
+            return await asyncio.gather(*(self._one((key, expert, e, files[e])) for e in epochs))
+        except DamagedError:  # it will be built anew: nothing may stay open or known of the old
+            self._files = {place: f for place, f in self._files.items() if place[0] != key}
+            await reader.run(reader.forget, key)
+            raise
 
-    async def _fetch(self, key: str, expert: int, epoch: int) -> Any:
-        loop = asyncio.get_running_loop()
-        file = await loop.run_in_executor(self._pool, self._file, key, expert, epoch)
-        place = (key, file, epoch)
+    async def _one(self, place: Place) -> Any:
         if place in self._kept:
             self._hits += 1
             self._kept.move_to_end(place)
             return self._kept[place][0]
-        self._misses += 1
-        ref, size = await loop.run_in_executor(self._pool, self._read, key, expert, epoch)
-        if size <= self._limit and place not in self._kept:
+        task = self._reading.get(place)
+        if task is None:
+            self._misses += 1
+            task = self._reading[place] = asyncio.create_task(self._fetch(place))
+            task.add_done_callback(lambda _: self._reading.pop(place))
+        else:
+            self._hits += 1
+        return await asyncio.shield(task)
+
+    async def _fetch(self, place: Place) -> Any:
+        reader = self._readers[place[1] % READERS]
+        ref, size = await reader.run(reader.read, *place)
+        if size <= self._limit:
             self._kept[place] = (ref, size)
             self._bytes += size
             while self._bytes > self._limit:
@@ -92,24 +107,40 @@ class SegmentCache(Lingering):
                 self._bytes -= gone
         return ref
 
-    def _file(self, key: str, expert: int, epoch: int) -> str:
-        return self._set(key).part(expert, epoch).file
 
-    def _read(self, key: str, expert: int, epoch: int) -> tuple[Any, int]:
-        try:
-            array = self._set(key).params(expert, epoch)
-        except DamagedError:  # it will be built anew: no thread may keep the old files open
-            self._rounds[key] += 1
-            raise
+class _Reader:
+    """A thread with open files of its own. An expert is always read by the same one."""
+
+    def __init__(self, store_uri: str) -> None:
+        self._uri = store_uri
+        self._thread = ThreadPoolExecutor(1, "read")
+        self._sets: dict[str, ExpertSet] = {}
+
+    async def run(self, method: Callable[..., T], *args: Any) -> T:
+        """Calls one of the methods below in the thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, method, *args)
+
+    def files(self, key: str, expert: int, epochs: Iterable[int]) -> dict[int, str]:
+        """The part files of epochs; the last first, which may need a further manifest."""
+        experts = self._set(key)
+        return {e: experts.part(expert, e).file for e in sorted(epochs, reverse=True)}
+
+    def read(self, key: str, expert: int, epoch: int, file: str) -> tuple[Any, int]:
+        experts = self._set(key)
+        array = experts.params(expert, epoch)
+        if experts.part(expert, epoch).file != file:
+            raise DamagedError(f"{file} of expert {expert} of set {key} was taken away.")
         return ray.put(array), array.nbytes
 
+    def forget(self, key: str) -> None:
+        self._sets.pop(key, None)
+
     def _set(self, key: str) -> ExpertSet:
-        """This thread's own reader: open files are not shared between threads."""
-        sets = self._local.__dict__.setdefault("sets", {})
-        name = (key, self._rounds[key])
-        if name not in sets:
-            sets[name] = TrajectoryStore(self._uri).at(key)
-        return sets[name]
+        experts = self._sets.pop(key, None) or TrajectoryStore(self._uri).at(key)
+        while len(self._sets) >= SETS_OPEN:
+            self._sets.pop(next(iter(self._sets)))
+        self._sets[key] = experts  # the last used are the last
+        return experts
 
 
 class CachedExperts:
@@ -126,8 +157,9 @@ class CachedExperts:
         for _ in range(ATTEMPTS):
             try:
                 if self._cache is None:
-                    self._cache = node_cache(self._uri, self._limit)
-                first, last = ray.get(self._cache.get.remote(self._key, expert, (start, end)))
+                    self._cache = node_cache(self._uri)
+                get = self._cache.get.remote(self._key, expert, (start, end), self._limit)
+                first, last = ray.get(get)
                 return ray.get(first), ray.get(last)
             except RayTaskError as error:
                 raise error.cause if isinstance(error.cause, Exception) else error from None
@@ -137,12 +169,10 @@ class CachedExperts:
         return self._direct.segment(expert, start, end)
 
 
-def node_cache(store_uri: str, limit: int) -> Any:
-    """The cache of a store on this node, allowed ``limit`` bytes."""
+def node_cache(store_uri: str) -> Any:
+    """The cache of a store on this node."""
     here = ray.get_runtime_context().get_node_id()
-    cache = shared_actor(SegmentCache, "cache", store_uri, SCHEMA_VERSION, __version__, node=here)
-    ray.get(cache.allow.remote(limit))
-    return cache
+    return shared_actor(SegmentCache, "cache", store_uri, SCHEMA_VERSION, __version__, node=here)
 
 
 def _object_store_bytes() -> float:

@@ -383,10 +383,12 @@ def _build(section: str, values: dict[str, Any]) -> Any:
     try:
         checked = _model(section).model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
+        first, *others = error.errors()
         path = ".".join([section, *(str(p) for p in first["loc"][:1])])
-        rule = re.sub(r"^Input should be", "must be", first["msg"])
-        raise UserError(f"{path}={first['input']!r} {rule}.") from error
+        rules = [e["msg"] for e in (first, *others) if e["loc"][:1] == first["loc"][:1]]
+        rule = " or ".join(re.sub(r"^Input should be ", "", r) for r in rules)
+        must = "must be " if rule != rules[0] else ""
+        raise UserError(f"{path}={first['input']!r} {must}{rule}.") from error
     try:
         return SECTIONS[section](**checked.model_dump(exclude_unset=True))
     except UserError as error:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
+import pyarrow as pa
 import ray
 import yaml
 from ray import tune
@@ -31,7 +32,7 @@ from ftd_ray.progress import Progress
 from ftd_ray.results import result_text
 from ftd_ray.search import Ended, Suggestion, SweepStudy
 from ftd_ray.signals import Interrupted, Signals
-from ftd_ray.storage import join, read_bytes, write_bytes
+from ftd_ray.storage import PlaceError, join, read_bytes, write_bytes
 from ftd_ray.store import TrajectoryStore
 from ftd_ray.store.usage import Usage
 from ftd_ray.tracking import Tracker, tolerant
@@ -58,6 +59,7 @@ class Sweep:
         self._began = time.monotonic()
         self._names = short_names(config.space)
         self._warned = False
+        self._halted = ""
         self._sets = {s.key: s for s in plan.sets}
         self._experts = BrokerClient(config, plan.data)
         self._usage = Usage(
@@ -88,6 +90,11 @@ class Sweep:
                 if isinstance(interrupt, KeyboardInterrupt):
                     raise Interrupted(signal.SIGINT) from None
                 raise
+            except (PlaceError, OSError, pa.ArrowException) as error:
+                self._interrupted()
+                raise UserError(
+                    f"the sweep stopped, and can go on when it is mended: {error}"
+                ) from error
             except BaseException:
                 with contextlib.suppress(Exception):
                     self._write_summary(self._summary("failed"))
@@ -263,6 +270,10 @@ class Sweep:
         with self._tracking():
             self.tracker.trial_ended(ended)
 
+    def halted(self, number: int, reason: str) -> None:
+        """A trial's files are out of reach, and will be for all others: the loop ends."""
+        self._halted = f"trial {number}: {reason}"
+
     # --- parts ------------------------------------------------------------------------------
 
     def _order(self, suggestion: Suggestion) -> TrialOrder:
@@ -299,6 +310,8 @@ class Sweep:
     def _tick(self) -> None:
         """At every turn of the loop: signals, and about once a second word of the experts."""
         self._signals.check()
+        if self._halted:
+            raise PlaceError(self._halted)
         if self._experts.poll():
             self._usage.renew()
             self._progress.experts(self._experts.status)

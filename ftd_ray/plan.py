@@ -1,5 +1,6 @@
 """What a sweep is going to do, worked out before anything is started."""
 
+import contextlib
 import os
 import shutil
 from dataclasses import dataclass
@@ -8,12 +9,13 @@ from math import prod
 from ftd.data import describe
 from ftd.data.dataset import Description
 from ftd.expert import ExpertConfig, network_for, set_key
-from ftd.trajectory import PART_EPOCHS
+from ftd.trajectory import PART_EPOCHS, DamagedError, ExpertSet
 from ftd_ray.config import SweepConfig
 from ftd_ray.pictures import short_names
 from ftd_ray.progress import describe_params
 from ftd_ray.storage import is_local, open_uri
 from ftd_ray.store import TrajectoryStore
+from ftd_ray.store.text import size_text
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 """Of a parameter on disk."""
@@ -167,7 +169,7 @@ def make_plan(config: SweepConfig) -> Plan:
             if (experts.count, experts.epochs) <= (known.experts.count, known.experts.epochs):
                 continue
             params = known.params
-        present = store.expert_set(identity).complete(experts.epochs)
+        present = _complete(store.expert_set(identity), experts.epochs)
         sets[key] = PlannedSet(
             key=key,
             params=params,
@@ -177,6 +179,17 @@ def make_plan(config: SweepConfig) -> Plan:
             precision=config.store.precision,
         )
     return Plan(config, data, tuple(sets.values()))
+
+
+def _complete(experts: ExpertSet, epochs: int) -> list[int]:
+    """Experts that need no training; a damaged one does, and the broker will see to it."""
+    found = []
+    for index in experts.experts():
+        with contextlib.suppress(DamagedError):
+            manifest = experts.manifest(index)
+            if manifest is not None and manifest.epochs >= epochs:
+                found.append(index)
+    return found
 
 
 def lacking(
@@ -207,16 +220,6 @@ def machine_resources() -> dict[str, float]:
         "CPU": float(len(os.sched_getaffinity(0))),
         "GPU": float(torch.cuda.device_count()),
     }
-
-
-def size_text(count: int) -> str:
-    """512 B, 17.5 MB."""
-    value = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.1f} TB"
 
 
 def _res(cpus: float, gpus: float | str) -> str:

@@ -12,6 +12,12 @@ from ftd_ray.experts.orders import FleetStatus
 from ftd_ray.search import Ended, Suggestion
 from ftd_ray.trial import Report
 
+NODES_NAMED = 3
+"""Nodes that a line names at most."""
+
+INDENT = 11
+"""Where the text of a line begins, after what it is about."""
+
 
 class ExpertLine:
     """Experts done and needed, how fast, where, how good, and when they may be there."""
@@ -38,19 +44,16 @@ class ExpertLine:
         if done > built:
             parts.append(f"{done - built} from the store")
         if training:
-            parts.append(f"{training} in training")
+            parts.append(f"{training} in training{_where(status)}")
         if status.starting and done < needed:
             parts.append(f"{status.starting} waiting for room")
         rate = sum(n.epochs_per_second for n in status.nodes.values())
         left = sum(s.epochs_left for s in sets)
         if rate and left:
-            parts += [f"{rate:.2g} epochs/s", f"about {duration(left / rate)} to go"]
+            parts += [f"{per_second(rate)} epochs/s", f"about {duration(left / rate)} to go"]
         accuracy = mean_accuracy(status)
         if accuracy is not None:
             parts.append(f"validation {100 * accuracy:.1f} %")
-        if len(status.nodes) > 1 and training:
-            each = (f"{name} {n.running}" for name, n in sorted(status.nodes.items()))
-            parts.append(f"nodes {' '.join(each)}")
         return "experts    " + ", ".join(parts)
 
 
@@ -58,6 +61,16 @@ def mean_accuracy(status: FleetStatus) -> float | None:
     """Mean validation accuracy of the trained experts at the end of their trajectories so far."""
     curves = [c for s in status.sets.values() for i, c in s.curves.items() if i in s.present and c]
     return fmean(c[max(c)] for c in curves) if curves else None
+
+
+def _where(status: FleetStatus) -> str:
+    """How many are in training on which node; of many nodes only their number."""
+    busy = {name: n.running for name, n in sorted(status.nodes.items()) if n.running}
+    if len(status.nodes) < 2 or not busy:
+        return ""
+    if len(busy) > NODES_NAMED:
+        return f" on {len(busy)} nodes"
+    return f" ({', '.join(f'{name}: {count}' for name, count in busy.items())})"
 
 
 class Progress:
@@ -128,8 +141,10 @@ class Progress:
     # --- texts ------------------------------------------------------------------------------
 
     def _foot(self) -> RenderableType:
-        lines = [self._experts.text(), *self._trial_lines()]
-        return Group(*(Text(line, style="bold cyan") for line in ["", *lines]))
+        lines = [self._experts.text()] if self._experts.counts()[1] else []
+        lines += self._trial_lines()
+        width = self._console.width
+        return Group(*(Text(folded(line, width), style="bold cyan") for line in ["", *lines]))
 
     def _trial_lines(self) -> list[str]:
         if not self._trials:
@@ -170,6 +185,23 @@ def describe_params(params: dict[str, object], names: dict[str, str]) -> str:
         for k, v in params.items()
     )
     return "  ".join(shown) or "(nothing varied)"
+
+
+def folded(text: str, width: int) -> str:
+    """A line broken after commas where it is too wide, and indented as the text of all lines."""
+    lines, *parts = text.split(", ")
+    used = len(lines)
+    for part in parts:
+        if used + len(part) + 3 <= width:
+            lines, used = f"{lines}, {part}", used + len(part) + 2
+        else:
+            lines, used = f"{lines},\n{' ' * INDENT}{part}", INDENT + len(part)
+    return lines
+
+
+def per_second(rate: float) -> str:
+    """0.26, 3.4, 127."""
+    return f"{rate:.0f}" if rate >= 10 else f"{rate:.2g}"
 
 
 def duration(seconds: float) -> str:

@@ -6,14 +6,14 @@ start at once cause one transfer; they map it without a copy each.
 
 import asyncio
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from ftd.data import DatasetConfig, open_arrays
+from ftd.data import DatasetConfig, describe, open_arrays
 from ftd.errors import UserError
 from ftd_ray.actors import NAMESPACE, Lingering, actor_name, shared_actor
 
@@ -24,63 +24,90 @@ CHUNKS_AHEAD = 3
 class DataServer(Lingering):
     """The actor that has the data set open."""
 
-    def __init__(self, config: DatasetConfig) -> None:
-        self._config = config
+    def __init__(self, config: DatasetConfig, fingerprint: str) -> None:
+        self._config, self._fingerprint = config, fingerprint
         self._opened: asyncio.Task[tuple[dict[str, Any], dict[str, np.ndarray]]] | None = None
 
     async def open(self) -> dict[str, Any]:
         """Opens the data set, decoding it if it must; returns its facts."""
-        self.used()
-        if self._opened is None:
-            self._opened = asyncio.create_task(asyncio.to_thread(open_arrays, self._config))
-        facts, _ = await self._opened
+        facts, _ = await self._open()
         return facts
 
     async def rows(self, what: str, start: int, stop: int) -> np.ndarray:
         """Rows of one of its arrays."""
-        await self.open()
-        assert self._opened is not None
-        return self._opened.result()[1][what][start:stop]
+        _, arrays = await self._open()
+        return arrays[what][start:stop]
+
+    async def _open(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        self.used()
+        if self._opened is None:
+            self._opened = asyncio.create_task(asyncio.to_thread(self._read))
+        task = self._opened
+        try:
+            return await asyncio.shield(task)
+        except Exception:
+            if self._opened is task:  # who asks next may have put right what was wrong
+                self._opened = None
+            raise
+
+    def _read(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        opened = open_arrays(self._config)
+        if describe(self._config).fingerprint != self._fingerprint:
+            raise UserError(
+                f"the images in dataset.root={self._config.root} changed while they were in use. "
+                "Start the same command again."
+            )
+        return opened
 
 
 @dataclass(frozen=True)
 class Shipment:
     """A data set that a node may send for (``ftd.data.Sender``). Pickles to plain data."""
 
-    server: str
     config: DatasetConfig
+    fingerprint: str
     node: str
     facts: dict[str, Any] = field(compare=False, repr=False)
 
     def fill(self, what: str, out: np.ndarray) -> None:
         """Fetches an array, some chunks ahead."""
         rows = max(1, CHUNK_BYTES // max(1, out[:1].nbytes))
+        name = actor_name("data", self.config, self.fingerprint, node=self.node)
         try:
-            server = ray.get_actor(self.server, namespace=NAMESPACE)
+            server = ray.get_actor(name, namespace=NAMESPACE)
             for start, chunk in _ahead(server, what, len(out), rows):
                 out[start : start + len(chunk)] = chunk
-        except (RayTaskError, UserError):
-            raise
+        except RayTaskError as error:
+            if isinstance(error.cause, UserError):
+                raise error.cause from None
+            raise _not_arrived(error.cause) from error
         except (RayError, ValueError) as error:
-            raise UserError(
-                f"the data set did not arrive on this node ({type(error).__name__}): the node that "
-                "has it left the cluster. Start the same command again where the data are."
-            ) from error
+            raise _not_arrived(error) from error
 
     def keep(self) -> None:
         """Says that the data set is still wanted, and opens it again if its process died."""
-        shared_actor(DataServer, "data", self.config, node=self.node).open.remote()
+        self.server().open.remote()
+
+    def server(self) -> Any:
+        """The handle of the data server; it is started when there is none."""
+        return shared_actor(DataServer, "data", self.config, self.fingerprint, node=self.node)
 
 
 def ship(config: DatasetConfig) -> Shipment:
     """Opens the data set on this node for all others. Raises UserError when it is not there."""
     node = ray.get_runtime_context().get_node_id()
-    server = shared_actor(DataServer, "data", config, node=node)
+    shipment = Shipment(config, describe(config).fingerprint, node, {})
     try:
-        facts = ray.get(server.open.remote())
+        return replace(shipment, facts=ray.get(shipment.server().open.remote()))
     except RayTaskError as error:
         raise error.cause if isinstance(error.cause, UserError) else error from None
-    return Shipment(actor_name("data", config, node=node), config, node, facts)
+
+
+def _not_arrived(error: object) -> UserError:
+    return UserError(
+        f"the data set did not arrive on this node ({type(error).__name__}): the process that has "
+        "it, or its node, is gone. Start the same command again where the data are."
+    )
 
 
 def _ahead(server: Any, what: str, count: int, rows: int) -> Iterator[tuple[int, np.ndarray]]:

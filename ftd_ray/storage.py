@@ -19,6 +19,7 @@ from ftd.errors import UserError
 from ftd.trajectory import put
 
 __all__ = [
+    "PlaceError",
     "is_local",
     "join",
     "open_uri",
@@ -49,6 +50,10 @@ PROBE_S3_RETRIES = 3
 """0.2 s of waits: at the start of a command a wrong address is likelier than an outage."""
 
 PROBE_GCS_SECONDS = 5
+
+
+class PlaceError(UserError):
+    """A store or a folder is out of reach: full, forbidden, or its server is down."""
 
 
 def open_uri(uri: str, *, patient: bool = True) -> tuple[pafs.FileSystem, str]:
@@ -83,10 +88,8 @@ def _open_s3(uri: str, patient: bool) -> tuple[pafs.FileSystem, str]:
         scheme, _, host = endpoint.rstrip("/").rpartition("://")
         options |= {"endpoint_override": host, "scheme": scheme or "https"}
     named = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    if "region" not in options and "endpoint_override" not in options and not named:
+    if not named and not {"region", "endpoint_override"} & set(options):
         options["region"] = pafs.resolve_s3_region(bucket)
-    elif named:
-        options.setdefault("region", named)
     filesystem = pafs.S3FileSystem(
         access_key=unquote(access_key) or None,
         secret_key=unquote(secret_key) or None,
@@ -150,25 +153,26 @@ def probe(uri: str, what: str) -> None:
         parents = [path, *(str(p) for p in PurePath(path).parents)]
         made = [p for p in parents if not os.path.exists(p)]
     try:
-        if is_local(uri):  # object stores have no folders
+        if is_local(uri):
             filesystem.create_dir(path, recursive=True)
-        put(filesystem, name, b"")
+        put(filesystem, name, b"probe")
         filesystem.delete_file(name)
-        with contextlib.suppress(OSError):  # somebody else uses it by now
-            for folder in made:
-                os.rmdir(folder)
     except (OSError, pa.ArrowException) as error:
         raise place_error(uri, what, error, verb="written") from error
+    finally:
+        for folder in made:
+            with contextlib.suppress(OSError):  # never made, or somebody else uses it by now
+                os.rmdir(folder)
 
 
 def place_error(
     uri: str, what: str, error: OSError | pa.ArrowException, *, verb: str = "used"
-) -> UserError:
+) -> PlaceError:
     """One line for what a filesystem raised about the place ``what=uri``."""
     reason = _reason(error)
     words = f"{reason} {error}"
     remedy = next((text for pattern, text in _REMEDIES if re.search(pattern, words)), _REMEDY)
-    return UserError(f"{what}={_without_secrets(uri)} cannot be {verb} ({reason}). {remedy}")
+    return PlaceError(f"{what}={_without_secrets(uri)} cannot be {verb} ({reason}). {remedy}")
 
 
 _REMEDY = "Choose another place, or mend its permissions."
@@ -210,7 +214,9 @@ def _reason(error: BaseException) -> str:
         if found := re.search(pattern, text):
             text = found[1]
             break
-    text = re.split(r"\. |; Details:| error_info=|: No response body", text)[0].rstrip(".")
+    text = re.sub(r" during \w+ operation", "", text)
+    noise = r"\. |; Details:| error_info=|: No response body| \(Request ID"
+    text = re.split(noise, text)[0].rstrip(".")
     return _without_secrets(text if len(text) <= 200 else f"{text[:200]}...")
 
 
@@ -230,7 +236,8 @@ def read_bytes(uri: str) -> bytes | None:
 def write_bytes(uri: str, data: bytes) -> None:
     """Writes a whole file at once, with the folders that it needs."""
     filesystem, path = open_uri(uri)
-    filesystem.create_dir(path.rpartition("/")[0], recursive=True)
+    if not isinstance(filesystem, pafs.S3FileSystem):  # S3 shows the folder of every file
+        filesystem.create_dir(path.rpartition("/")[0], recursive=True)
     put(filesystem, path, data)
 
 

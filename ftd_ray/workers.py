@@ -9,6 +9,7 @@ waiting trial costs a tenth of the memory and starts at once.
 """
 
 import pickle
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from ftd.errors import Diverged, UserError
 from ftd.trajectory import DamagedError
 from ftd_ray.cache import CachedExperts
 from ftd_ray.experts.orders import ExpertOrder
+from ftd_ray.storage import PlaceError
 
 if TYPE_CHECKING:
     from ftd_ray.trial import FinalSpec, Report
@@ -30,6 +32,9 @@ WORKER_ATTEMPTS = 4
 
 MEND_ATTEMPTS = 3
 """Times that a trial is given its experts, when it finds them damaged."""
+
+HALT_SECONDS = 1
+"""Before a trial that cannot reach its files tries again, if it still lives."""
 
 LIGHT_BYTES = 64 * 2**20
 """Memory that a waiting trial books, in place of a CPU."""
@@ -71,7 +76,9 @@ class SweepTrial(tune.Trainable):
     """A trial as Tune sees it; ``config`` is {"order": TrialOrder}.
 
     A report is the result {"report": pickled Report}. A trial that cannot go on says why in
-    {"failure": reason} and raises at the next step, so that Tune books it as an error.
+    {"failure": reason} and raises at the next step, so that Tune books it as an error. When the
+    store or the sweep's folder is out of reach it says {"halt": reason}: that ends the sweep, to
+    be resumed, and is no result of the trial.
     """
 
     def setup(self, config: dict[str, Any]) -> None:
@@ -89,7 +96,11 @@ class SweepTrial(tune.Trainable):
             cause = error.cause if isinstance(error.cause, BaseException) else error
             expected = isinstance(cause, Diverged | UserError)
             reason = (str(cause).strip().splitlines() or ["without a word"])[-1]
-            return self._fail(reason if expected else f"{type(cause).__name__}: {reason}")
+            reason = reason if expected else f"{type(cause).__name__}: {reason}"
+            if isinstance(cause, PlaceError | OSError):  # a full disk says nothing about a trial
+                time.sleep(HALT_SECONDS)
+                return {"halt": reason}
+            return self._fail(reason)
         except UserError as error:
             return self._fail(str(error))
         return {"report": report, "done": done}

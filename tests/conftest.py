@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from disk_helpers import mounted
 
 from ftd.data import Dataset, DatasetConfig, load
 
@@ -40,3 +41,14 @@ def imagenette_root() -> Path:
     if not any(root.glob("*.parquet")):
         pytest.skip(f"no Imagenette Parquet files in {root}")
     return root
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A disk of 1 MiB."""
+    for options in ("-rm", "-m"):
+        with mounted(options, tmp_path) as disk:
+            if disk is not None:
+                yield disk
+                return
+    pytest.skip("this user may not mount a small disk")

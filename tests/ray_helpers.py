@@ -108,12 +108,15 @@ def environment(**changes: str | None) -> dict[str, str]:
 
 @contextlib.contextmanager
 def running_sweep(
-    folder: Path, *args: str, env: dict[str, str] | None = None
+    folder: Path,
+    *args: str,
+    env: dict[str, str] | None = None,
+    module: str = "ftd_ray.sweep",
 ) -> Iterator[subprocess.Popen[str]]:
     """``python -m ftd_ray.sweep`` in ``folder``, with output to files; killed at the end."""
     with open(folder / "stdout.txt", "w") as out, open(folder / "stderr.txt", "w") as err:
         process = subprocess.Popen(
-            [sys.executable, "-m", "ftd_ray.sweep", *args],
+            [sys.executable, "-m", module, *args],
             cwd=folder,
             env=env or environment(),
             stdout=out,
@@ -143,9 +146,10 @@ def run_sweep(
     *args: str,
     env: dict[str, str] | None = None,
     timeout: float = SWEEP_TIMEOUT,
+    module: str = "ftd_ray.sweep",
 ) -> Ran:
     """Runs the sweep command to its end."""
-    with running_sweep(folder, *args, env=env) as process:
+    with running_sweep(folder, *args, env=env, module=module) as process:
         code = process.wait(timeout=timeout)
     return finished(folder, code)
 

@@ -82,11 +82,11 @@ class Fault:
 
     ``answer`` answers ``status`` without asking the server; ``hang`` never answers; ``cut_request``
     ends the connection after ``after`` bytes of the request's body, which the server never sees;
-    ``cut_response`` passes the request on and ends the connection after ``after`` bytes of the
-    answer's body.
+    ``cut_answer`` passes the request on and ends the connection after ``after`` bytes of the
+    answer's body; ``lose_answer`` passes the request on and ends the connection without an answer.
     """
 
-    kind: Literal["answer", "hang", "cut_request", "cut_response"]
+    kind: Literal["answer", "hang", "cut_request", "cut_answer", "lose_answer"]
     status: int = 503
     after: int = 0
     methods: Collection[str] = ()  # empty: all
@@ -261,8 +261,11 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(fault.status, [], len(body), b"")
         else:
             status, headers, content = self._ask(body)
-            cut = fault.after if fault is not None else None
-            self._answer(status, headers, len(body), content, cut)
+            if fault is not None and fault.kind == "lose_answer":
+                self._cut(received=len(body))
+            else:
+                cut = fault.after if fault is not None else None
+                self._answer(status, headers, len(body), content, cut)
 
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = pass_on
 

@@ -1,6 +1,6 @@
 """The benchmark measures what it says it measures."""
 
-from benchmarks.__main__ import Case, in_a_process, relative_error, render, step
+from benchmarks.matching import Case, in_a_process, relative_error, render, step
 
 SMALL = Case("IPC 1, N = 50", "ConvNetD3", 1, 50)
 
@@ -23,10 +23,9 @@ def test_the_page_shows_medians_spread_and_conditions() -> None:
         "runs": {"direct": runs, "rematerialised": runs},
         "ratios": {"seconds": [1.0, 1.1, 0.9], "mib": [0.1, 0.1, 0.1]},
     }
-    machine = {"processor": "P", "threads": 2, "python": "3", "torch": "2", "date": "today"}
-    page = render({"machine": machine, "matching": [row]})
+    page = "\n".join(render({"threads": 2, "rows": [row]}))
     assert "2.0 s (1.0 s … 3.0 s), 20 MiB (10 MiB … 30 MiB)" in page
-    assert "P, 2 threads" in page
+    assert "2 threads" in page
 
 
 def test_a_measurement_runs_in_a_process_of_its_own() -> None:

@@ -1,5 +1,8 @@
 """The outer loop: descent, moving average, resuming, and stopping when it cannot go on."""
 
+import threading
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -8,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ftd import distill as distill_module
 from ftd.augment import FAMILIES, FULL
 from ftd.data import Dataset
 from ftd.distill import (
@@ -270,6 +274,158 @@ def test_arrays_go_there_and_back(digits: Dataset, trajectories: InMemory) -> No
     assert_same(back, state)
     back.images.zero_()
     assert state.images.any()
+
+
+# --- reading ahead --------------------------------------------------------------------------
+
+
+class Slow(InMemory):
+    """Takes its time for every segment; may fail at one."""
+
+    def __init__(self, there: InMemory, seconds: float = 0.0, fails_at: int | None = None) -> None:
+        super().__init__(there.trajectories)
+        self.seconds, self.fails_at = seconds, fails_at
+        self.threads: set[str] = set()
+
+    def segment(self, expert: int, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        segment = super().segment(expert, start, end)
+        self.threads.add(threading.current_thread().name)
+        time.sleep(self.seconds)
+        if len(self.asked) == self.fails_at:
+            raise OSError("the disk is gone")
+        return segment
+
+
+@pytest.fixture
+def while_computing(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], None]], None]:
+    """Has something done while a step computes its gradient."""
+    real = distill_module.GRADIENTS["rematerialised"]
+
+    def arrange(act: Callable[[], None]) -> None:
+        def computing(*args: Any) -> Any:
+            act()
+            return real(*args)
+
+        monkeypatch.setitem(distill_module.GRADIENTS, "rematerialised", computing)
+
+    return arrange
+
+
+def readers() -> list[threading.Thread]:
+    return [t for t in threading.enumerate() if t.name.startswith("prefetch")]
+
+
+def comes(look: Callable[[], bool], seconds: float = 10) -> bool:
+    end = time.monotonic() + seconds
+    while not look() and time.monotonic() < end:
+        time.sleep(0.001)
+    return look()
+
+
+def test_the_next_segment_is_asked_for_while_a_step_computes_and_none_beyond_the_last(
+    digits: Dataset,
+    trajectories: InMemory,
+    while_computing: Callable[[Callable[[], None]], None],
+) -> None:
+    slow, computed = Slow(trajectories), []
+
+    def compute() -> None:
+        computed.append(1)
+        ahead = min(len(computed) + 1, SMALL.iterations)
+        assert comes(lambda: len(slow.asked) >= ahead)
+        time.sleep(0.02)
+        assert len(slow.asked) == ahead
+
+    while_computing(compute)
+    records = [r for _, r in run(digits, slow)]
+    assert len(computed) == SMALL.iterations
+    assert slow.asked == [(r.expert, r.start_epoch, r.start_epoch + 2) for r in records]
+    assert threading.current_thread().name not in slow.threads
+    assert readers() == []
+
+
+def test_going_on_reads_only_what_is_left(digits: Dataset, trajectories: InMemory) -> None:
+    whole = run(digits, trajectories)
+    slow = Slow(trajectories)
+    assert len(run(digits, slow, state=whole[3][0])) == len(slow.asked) == 2
+    run(digits, slow, state=whole[-1][0])
+    assert len(slow.asked) == 2
+
+
+@pytest.mark.parametrize("config", [SMALL, replace(SMALL, ipc=2, batch_syn=7, labels="soft")])
+def test_reading_ahead_gives_the_bits_of_reading_in_order(
+    digits: Dataset, trajectories: InMemory, config: DistillConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ahead = run(digits, Slow(trajectories, 0.002), config)
+
+    def in_order(
+        config: DistillConfig, trajectories: InMemory, seed: int, first: int
+    ) -> Iterator[distill_module._Pick]:
+        for step in range(first, config.iterations + 1):
+            gen = generator(seed, "step", step)
+            expert = int(torch.randint(trajectories.experts, (), generator=gen))
+            t = int(torch.randint(config.max_start_epoch, (), generator=gen))
+            start, target = trajectories.segment(expert, t, t + config.expert_epochs)
+            yield distill_module._Pick(step, gen, expert, t, start, target, 0.0)
+
+    monkeypatch.setattr(distill_module, "_picks", in_order)
+    naive = run(digits, trajectories, config)
+    assert [r for _, r in ahead] == [r for _, r in naive]
+    for (mine, _), (theirs, _) in zip(ahead, naive, strict=True):
+        assert_same(mine, theirs)
+
+
+def test_a_segment_that_cannot_be_read_stops_the_step_that_needs_it(
+    digits: Dataset, trajectories: InMemory
+) -> None:
+    slow = Slow(trajectories, fails_at=3)
+    steps = distill(SMALL, digits, slow, NETWORK, epochs=EPOCHS, seed=0)
+    assert [next(steps)[1].step for _ in range(2)] == [1, 2]
+    assert comes(lambda: len(slow.asked) == 3)
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(steps)
+    assert len(slow.asked) == 3
+    assert readers() == []
+
+
+def test_a_run_that_is_left_in_the_middle_leaves_no_thread(
+    digits: Dataset, trajectories: InMemory
+) -> None:
+    for seconds in (0.0, 0.3):
+        steps = distill(SMALL, digits, Slow(trajectories, seconds), NETWORK, epochs=EPOCHS, seed=0)
+        next(steps)
+        assert len(readers()) == 1
+        began = time.monotonic()
+        steps.close()  # type: ignore[attr-defined]
+        assert time.monotonic() - began < 5
+        assert readers() == []
+    with pytest.raises(Diverged):
+        run(digits, Slow(trajectories, 0.05), replace(SMALL, lr_init=1e30))
+    assert comes(lambda: not readers())
+
+
+def test_a_step_records_what_it_waited_and_records_are_equal_whatever_that_was(
+    digits: Dataset, trajectories: InMemory
+) -> None:
+    slow, quick = (
+        [r for _, r in run(digits, Slow(trajectories, seconds))] for seconds in (0.2, 0.0)
+    )
+    assert 0.1 <= slow[0].waited < 10
+    assert all(r.waited > 0 for r in slow)
+    assert slow == quick
+    assert sum(r.waited for r in quick) < sum(r.waited for r in slow)
+
+
+def test_a_store_that_is_quicker_than_a_step_costs_no_waiting(
+    digits: Dataset,
+    trajectories: InMemory,
+    while_computing: Callable[[Callable[[], None]], None],
+) -> None:
+    while_computing(lambda: time.sleep(0.12))
+    config = replace(SMALL, iterations=12)
+    waited = [r.waited for _, r in run(digits, Slow(trajectories, 0.06), config)]
+    assert waited[0] >= 0.03
+    assert sorted(waited[1:])[len(waited) // 2] < 0.01
 
 
 # --- where it starts ------------------------------------------------------------------------

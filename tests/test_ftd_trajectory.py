@@ -537,7 +537,7 @@ def test_a_folder_that_is_not_a_set_is_refused_by_readers(tmp_path: Path) -> Non
         open_set(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"other": 1}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"other": 1}', '{"identity": 1}'])
 def test_a_damaged_set_file_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "set.json").write_text(text)
     with pytest.raises(DamagedError, match=r"set\.json is damaged"):
@@ -793,6 +793,12 @@ def test_sets_in_other_bits_are_other_sets(tmp_path: Path) -> None:
     assert len(keys | {new_set(tmp_path / "whole").key}) == 3
     with pytest.raises(UserError, match="another configuration"):
         ExpertSet(pafs.LocalFileSystem(), str(tmp_path / "whole"), in_bits("float16"))
+
+
+def test_a_precision_that_is_not_known_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="keeps snapshots in int8; this program knows float32"):
+        new_set(tmp_path, in_bits("int8"))
+    assert contents(tmp_path) == {}
 
 
 @pytest.mark.parametrize("precision", ["float16", "bfloat16"])

@@ -11,9 +11,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from ray_helpers import REPOSITORY, TINY, tiny
 
+from ftd.data import describe
 from ftd.errors import UserError
+from ftd.trajectory import PRECISIONS
 from ftd_ray.config import SECTIONS, SweepConfig, load_config, parse_config
-from ftd_ray.plan import make_plan
+from ftd_ray.experts.build import ExpertRequest, build_expert
+from ftd_ray.plan import lacking, make_plan, size_text
 from ftd_ray.space import parse_dimension
 
 SWEEPS = sorted((REPOSITORY / "sweeps").glob("*.yaml"))
@@ -246,7 +249,12 @@ def test_typo_in_a_key_is_refused_with_the_nearest_valid_key(section, wrong, rig
         ("resources.cpus_per_trial", 0),
         ("resources.gpus_per_trial", 1.5),
         ("resources.gpus_per_expert", -1),
+        ("resources.gpus_per_trial", "auto"),
         ("store.uri", 5),
+        ("store.precision", "float64"),
+        ("store.precision", 16),
+        ("store.cache_mb", 0),
+        ("store.cache_mb", 1.5),
         ("tracking.uri", "./mlruns"),
         ("output.dir", 7),
         ("name", "two words"),
@@ -261,6 +269,28 @@ def test_wrong_value_is_refused_on_one_line_that_names_the_key(path, value):
     message = refusal(tiny(**{path.replace(".", "__"): value}))
     assert path in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize("value", ["Auto", "all", "0.5", [1], None, True])
+def test_share_of_a_gpu_that_is_no_number_and_not_auto_is_refused_by_both(value):
+    message = refusal(tiny(resources__gpus_per_expert=value))
+    assert message == f"resources.gpus_per_expert={value!r} must be a valid number or 'auto'."
+
+
+def test_measured_share_of_a_gpu_is_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = parse_config(tiny(resources__gpus_per_expert="auto"))
+    assert config.resources.expert_gpus is None
+    assert config.resources.expert_numerics.device == "cuda"
+    assert config.resources.trial_numerics.device == "cpu"
+    plan = make_plan(config)
+    line = "resources  an expert 1 CPU and a measured share of a GPU, a trial 1 CPU"
+    assert line in plan.text([]).splitlines()
+    whole = make_plan(parse_config(tiny(resources__gpus_per_expert=1)))
+    assert [s.key for s in plan.sets] == [s.key for s in whole.sets]
+    here = {"CPU": 2.0, "GPU": 0.0}
+    assert lacking(config, here) == ["an expert takes 1 GPU, and there are 0"]
+    assert lacking(config, here | {"GPU": 1.0}) == []
 
 
 @pytest.mark.parametrize("key", ["dataset.name", "search.trials"])
@@ -501,7 +531,8 @@ ROUND_TRIPS = [
     {"distill__syn_steps": {"int": [1, 9], "step": 4}},
     {"search__grace": 2, "search__pruner": "asha"},
     {"distill__batch_syn": None},
-    {"store": {"uri": "s3://b/x"}},
+    {"store": {"uri": "s3://b/x", "precision": "bfloat16", "cache_mb": 1}},
+    {"resources__gpus_per_expert": "auto"},
 ]
 
 
@@ -535,6 +566,49 @@ def test_resolved_configuration_states_every_key_with_its_default():
     assert set(resolved) == {"name", "seed", *SECTIONS}
     assert resolved["distill"]["momentum"] == 0.5
     assert resolved["experts"]["rho"] == {"choice": [0.0, 0.01]}
+
+
+# --- what experts take on disk --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_planned_bytes_are_those_that_experts_take_on_disk(tmp_path, precision, momentum):
+    # Wide enough for names and checksums to count little.
+    config = parse_config(
+        tiny(
+            experts__network="ConvNetD1W128",
+            experts__rho=0.0,
+            experts__epochs=7,
+            experts__momentum=momentum,
+            store={"uri": str(tmp_path), "precision": precision},
+        )
+    )
+    plan = make_plan(config)
+    request = ExpertRequest(
+        store_uri=config.store.uri,
+        identity=config.identity(config.experts, describe(config.dataset)),
+        dataset=config.dataset,
+        experts=config.experts,
+        numerics=config.resources.expert_numerics,
+    )
+    for index in range(config.experts.count):
+        build_expert(request, index, lambda snapshot: None)
+    files = [p.stat().st_size for p in tmp_path.rglob("*") if p.is_file()]
+    assert plan.bytes_missing == pytest.approx(sum(files), rel=0.05)
+    assert make_plan(config).bytes_missing == 0
+    half = "" if precision == "float32" else f" in {precision}"
+    assert f"disk       {size_text(plan.bytes_missing)} for the experts to build{half}," in (
+        plan.text([])
+    )
+
+
+def test_precision_is_part_of_what_an_expert_set_is(tmp_path):
+    configs = [parse_config(tiny(store={"uri": str(tmp_path), "precision": p})) for p in PRECISIONS]
+    keys = [{s.key for s in make_plan(c).sets} for c in configs]
+    assert len(set.union(*keys)) == 3 * 2
+    unsaid = make_plan(parse_config(tiny(store__uri=str(tmp_path))))
+    assert {s.key for s in unsaid.sets} == keys[PRECISIONS.index("float32")]
 
 
 # --- anything else --------------------------------------------------------------------------

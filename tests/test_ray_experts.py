@@ -1,75 +1,33 @@
 """Expert sets are built once, whoever asks and whatever dies."""
 
-import os
-import pickle
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 import ray
+from fleet_helpers import (
+    BOUND,
+    ask,
+    build,
+    expert_processes,
+    order_for,
+    request_for,
+    running_epochs,
+    set_of,
+    status,
+    watched_broker,
+)
 from ray_helpers import files_below, parse_tiny, wait_until
 
-from ftd.data import Dataset, describe, load
+from ftd.data import Dataset, load
 from ftd.errors import Diverged, UserError
-from ftd.expert import Snapshot, set_key, train_expert
-from ftd.trajectory import PART_EPOCHS, ExpertSet
-from ftd_ray.experts.broker import ExpertOrder, broker
-from ftd_ray.experts.build import ExpertRequest, build_expert
-from ftd_ray.store import TrajectoryStore
-
-BOUND = 120
-"""Seconds after which an answer of Ray is taken for lost."""
-
-
-def request_for(store: Path, **experts: Any) -> ExpertRequest:
-    changes = {f"experts__{k}": v for k, v in experts.items()}
-    config = parse_tiny(**({"experts__rho": 0.01, "distill__max_start_epoch": 1} | changes))
-    return ExpertRequest(
-        store_uri=str(store),
-        identity=config.identity(config.experts, describe(config.dataset)),
-        dataset=config.dataset,
-        experts=config.experts,
-        numerics=config.resources.expert_numerics,
-    )
-
-
-def order_for(store: Path, **experts: Any) -> ExpertOrder:
-    request = request_for(store, **experts)
-    return ExpertOrder(
-        key=set_key(request.identity),
-        identity=request.identity,
-        count=request.experts.count,
-        epochs=request.experts.epochs,
-        work=pickle.dumps(request),
-        cpus=1,
-        gpus=0,
-    )
-
-
-def set_of(request: ExpertRequest | ExpertOrder, store: Path) -> ExpertSet:
-    return TrajectoryStore(str(store)).expert_set(request.identity)
-
-
-def build(request: ExpertRequest, index: int, stop_after: int | None = None) -> list[int]:
-    """Builds an expert here; dies in the middle if told so. Returns the epochs it went through."""
-    epochs = []
-
-    def on_epoch(snapshot: Snapshot) -> None:
-        epochs.append(snapshot.epoch)
-        if snapshot.epoch == stop_after:
-            raise KeyboardInterrupt
-
-    if stop_after is None:
-        build_expert(request, index, on_epoch)
-    else:
-        with pytest.raises(KeyboardInterrupt):
-            build_expert(request, index, on_epoch)
-    return epochs
-
+from ftd.expert import train_expert
+from ftd.trajectory import PART_EPOCHS
+from ftd_ray.experts.broker import broker
+from ftd_ray.experts.build import build_expert
 
 # --- without Ray ----------------------------------------------------------------------------
 
@@ -159,11 +117,11 @@ def cluster() -> Iterator[None]:
 
 @pytest.fixture
 def broker_for(cluster) -> Iterator[Callable[[Path], Any]]:
-    """The broker of a store, which goes when the test is over."""
+    """A broker to look into, which goes when the test is over."""
     started = []
 
     def start(store: Path) -> Any:
-        started.append(broker(str(store)))
+        started.append(watched_broker(store))
         return started[-1]
 
     yield start
@@ -171,32 +129,10 @@ def broker_for(cluster) -> Iterator[Callable[[Path], Any]]:
         ray.kill(handle)
 
 
-def progress(handle: Any, order: ExpertOrder) -> Any:
-    return ray.get(handle.progress.remote(), timeout=BOUND)[order.key]
-
-
-def running_epochs(handle: Any, order: ExpertOrder) -> list[int]:
-    """The last epoch of every expert in training."""
-    known = ray.get(handle.progress.remote(), timeout=BOUND)
-    return list(known[order.key].running.values()) if order.key in known else []
-
-
-def trained_epochs(handle: Any, order: ExpertOrder) -> int:
-    """Epochs that expert actors trained; word of the last may come a little later."""
-    return len(progress(handle, order).epoch_seconds)
-
-
-def expert_processes() -> list[psutil.Process]:
-    """Expert actors of this test's own Ray that are at work."""
-    ours = psutil.Process(os.getpid()).children(recursive=True)
-    return [p for p in ours if is_expert(p)]
-
-
-def is_expert(process: psutil.Process) -> bool:
-    try:
-        return "ExpertActor.build" in " ".join(process.cmdline())
-    except psutil.Error:
-        return False
+def trained_epochs(handle: Any, count: int) -> None:
+    """Waits for word of so many epochs that expert actors trained; there must be no more."""
+    wait_until("word of every epoch", lambda: len(ask(handle.trained.remote())) >= count)
+    assert len(ask(handle.trained.remote())) == count
 
 
 def test_many_askers_of_one_expert_set_cause_one_build(broker_for, tmp_path):
@@ -204,16 +140,19 @@ def test_many_askers_of_one_expert_set_cause_one_build(broker_for, tmp_path):
     handle = broker_for(tmp_path)
     answers = ray.get([handle.ensure.remote(order) for _ in range(20)], timeout=BOUND)
     assert answers == [[0, 1]] * 20
-    known = progress(handle, order)
-    assert (known.built, known.reused, known.running) == ({0, 1}, set(), {})
-    wait_until("word of every epoch", lambda: trained_epochs(handle, order) >= 6, seconds=20)
-    assert trained_epochs(handle, order) == 6
+    known = status(handle, order)
+    assert (known.present, set(known.built), known.running) == ({0, 1}, {0, 1}, {})
+    trained_epochs(handle, 6)
     assert set_of(order, tmp_path).complete(3) == [0, 1]
 
 
-def test_brokers_of_one_store_are_one(broker_for, tmp_path):
-    assert broker_for(tmp_path)._actor_id == broker_for(tmp_path)._actor_id
-    assert broker_for(tmp_path)._actor_id != broker_for(tmp_path / "other")._actor_id
+def test_brokers_of_one_store_are_one(cluster, tmp_path):
+    handles = [broker(str(tmp_path / name)) for name in ("one", "one", "other")]
+    try:
+        assert handles[0]._actor_id == handles[1]._actor_id != handles[2]._actor_id
+    finally:
+        for handle in handles[1:]:
+            ray.kill(handle)
 
 
 def test_set_that_is_in_the_store_starts_no_actor(broker_for, tmp_path):
@@ -222,9 +161,8 @@ def test_set_that_is_in_the_store_starts_no_actor(broker_for, tmp_path):
     before = files_below(tmp_path)
     order, handle = order_for(tmp_path), broker_for(tmp_path)
     assert ray.get(handle.ensure.remote(order), timeout=BOUND) == [0, 1]
-    known = progress(handle, order)
-    assert (known.built, known.reused) == (set(), {0, 1})
-    assert known.seconds == 0
+    known = status(handle, order)
+    assert (known.built, known.present, known.epochs_left) == ({}, {0, 1}, 0)
     assert files_below(tmp_path) == before
 
 
@@ -235,8 +173,7 @@ def test_asking_for_more_builds_only_what_is_missing(broker_for, tmp_path):
     ray.get(handle.ensure.remote(few), timeout=BOUND)
     assert ray.get(handle.ensure.remote(more), timeout=BOUND) == [0, 1, 2]
     # 3 epochs of two experts, 2 more of each, and 5 of the third
-    wait_until("word of every epoch", lambda: trained_epochs(handle, more) >= 15, seconds=20)
-    assert trained_epochs(handle, more) == 15
+    trained_epochs(handle, 15)
     for i in range(3):
         build(request_for(tmp_path / "alone", epochs=5), i)
     ours, alone = set_of(more, tmp_path), set_of(more, tmp_path / "alone")
@@ -249,15 +186,14 @@ def test_askers_of_short_and_long_trajectories_at_once_train_no_epoch_twice(brok
     handle = broker_for(tmp_path)
     orders = [order_for(tmp_path, epochs=e) for e in (2, 6, 4, 6)]
     ray.get([handle.ensure.remote(o) for o in orders], timeout=BOUND)
-    wait_until("word of every epoch", lambda: trained_epochs(handle, orders[0]) >= 12, seconds=20)
-    assert trained_epochs(handle, orders[0]) == 12
+    trained_epochs(handle, 12)
     assert set_of(orders[0], tmp_path).complete(6) == [0, 1]
 
 
 def test_killed_expert_actor_is_replaced_and_the_bits_are_those_of_an_undisturbed_build(
     broker_for, tmp_path
 ):
-    long = {"epochs": 40, "batch_size": 32}
+    long = {"epochs": 16, "batch_size": 32}
     order, handle = order_for(tmp_path / "killed", **long), broker_for(tmp_path / "killed")
     answer = handle.ensure.remote(order)
 
@@ -269,7 +205,7 @@ def test_killed_expert_actor_is_replaced_and_the_bits_are_those_of_an_undisturbe
     assert victims
     victims[0].send_signal(signal.SIGKILL)
     assert ray.get(answer, timeout=BOUND) == [0, 1]
-    assert progress(handle, order).built == {0, 1}
+    assert set(status(handle, order).built) == {0, 1}
     for i in range(2):
         build(request_for(tmp_path / "undisturbed", **long), i)
     assert files_below(tmp_path / "killed") == files_below(tmp_path / "undisturbed")
@@ -286,13 +222,13 @@ def test_expert_that_diverges_is_an_error_for_every_asker_and_others_go_on(broke
 
 
 def test_broker_that_dies_comes_back_and_its_askers_are_answered(broker_for, tmp_path):
-    order = order_for(tmp_path, epochs=20, batch_size=32)
+    order = order_for(tmp_path, epochs=9, batch_size=32)
     handle = broker_for(tmp_path)
     answer = handle.ensure.remote(order)
     wait_until("a build", lambda: any(running_epochs(handle, order)), seconds=BOUND)
     ray.kill(handle, no_restart=False)
     assert ray.get(answer, timeout=BOUND) == [0, 1]
-    assert set_of(order, tmp_path).complete(20) == [0, 1]
+    assert set_of(order, tmp_path).complete(9) == [0, 1]
 
 
 def test_expert_actors_leave_when_nothing_is_left_to_build(broker_for, tmp_path):
@@ -307,7 +243,7 @@ def test_expert_actors_leave_when_nothing_is_left_to_build(broker_for, tmp_path)
 
 
 def test_expert_that_is_killed_again_and_again_is_given_up_with_a_reason(broker_for, tmp_path):
-    order = order_for(tmp_path, count=1, epochs=100_000, batch_size=16)
+    order = order_for(tmp_path, count=1, epochs=100_000, batch_size=16, network="ConvNetD2W64")
     handle = broker_for(tmp_path)
     answer = handle.ensure.remote(order)
     killed: set[int] = set()

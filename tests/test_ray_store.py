@@ -1,20 +1,14 @@
 """The trajectory store and the study's journal on a folder and on S3 over HTTP."""
 
-import contextlib
-import os
-import signal
-import socket
-import subprocess
-import sys
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from ray_helpers import parse_tiny, wait_until
+from ray_helpers import parse_tiny
+from s3_helpers import S3Server, s3_environment
 
 from ftd.data import describe
 from ftd.errors import UserError
@@ -39,40 +33,12 @@ BUCKET = "buffers"
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[None]:
-    """A real S3 server on this machine, in a process of its own, with one bucket."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [
-        sys.executable,
-        "-c",
-        f"from moto.server import main; main(['-H', '127.0.0.1', '-p', '{port}'])",
-    ]
-    process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-    address = f"http://127.0.0.1:{port}"
-
-    def answers() -> bool:
-        assert process.poll() is None, "the S3 server ended"
-        with contextlib.suppress(OSError):
-            return urllib.request.urlopen(f"{address}/moto-api/", timeout=5).status == 200
-        return False
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", address)
-        patch.setenv("AWS_ACCESS_KEY_ID", "somebody")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        try:
-            wait_until("an answer of the S3 server", answers, seconds=60)
-            put = urllib.request.Request(f"{address}/{BUCKET}", method="PUT")
-            assert urllib.request.urlopen(put, timeout=20).status == 200
-            yield
-        finally:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait(timeout=20)
+    """A real S3 server on this machine, where the environment says it is."""
+    with S3Server(BUCKET) as server, pytest.MonkeyPatch.context() as patch:
+        patch.delenv("AWS_ENDPOINT_URL_S3", raising=False)
+        for name, value in s3_environment(server.address).items():
+            patch.setenv(name, value)
+        yield
 
 
 @pytest.fixture(params=["path", "file", "s3"])
@@ -143,7 +109,6 @@ def test_probe_of_a_bucket_that_is_not_there_is_a_user_error(s3):
 
 def test_probe_of_a_server_that_does_not_answer_is_a_user_error(s3, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     with pytest.raises(UserError, match=r"store\.uri=s3://b/x cannot be written"):
         probe("s3://b/x", "store.uri")
 

@@ -228,6 +228,19 @@ def test_real_run_without_the_gpus_it_needs_is_refused_after_its_plan(tmp_path):
     assert not (tmp_path / "runs" / "tiny" / "sweep.yaml").exists()
 
 
+def test_measured_share_of_a_gpu_without_a_gpu_is_refused_after_its_plan(here, capsys, monkeypatch):
+    monkeypatch.setattr("ftd_ray.sweep.machine_resources", lambda: {"CPU": 2.0, "GPU": 0.0})
+    override = "resources.gpus_per_expert=auto"
+    assert main(["sweep.yaml", override]) == 2
+    said = capsys.readouterr()
+    assert "missing here: an expert takes 1 GPU, and there are 0" in said.out
+    assert "an expert takes 1 GPU" in said.err and said.err.count("\n") == 1
+    assert main(["sweep.yaml", override, "--dry-run"]) == 0
+    said = capsys.readouterr()
+    assert "an expert 1 CPU and a measured share of a GPU, a trial 1 CPU" in said.out
+    assert said.err == ""
+
+
 # --- dry runs -------------------------------------------------------------------------------
 
 
@@ -699,6 +712,59 @@ def test_finished_sweep_asked_for_more_trials_goes_on(tmp_path):
     assert more.code == 0
     assert sum(summary_of(tmp_path)["trials"].values()) == 2
     assert {r.info.status for r in mlflow_runs(tmp_path)} == {"FINISHED"}
+
+
+def forget_newer_keys(folder: Path) -> None:
+    """Makes the saved sweep one from before some keys of the store were there."""
+    path = folder / "runs" / "tiny" / "sweep.yaml"
+    saved = yaml.safe_load(path.read_text())
+    for key in ("precision", "cache_mb"):
+        del saved["store"][key]
+    path.write_text(yaml.safe_dump(saved))
+
+
+def test_sweep_from_before_a_key_was_there_agrees_with_its_default_alone(here, capsys):
+    saved = here / "runs" / "tiny" / "sweep.yaml"
+    saved.parent.mkdir(parents=True)
+    saved.write_text(yaml.safe_dump(load_config_in(here).resolved()))
+    forget_newer_keys(here)
+    assert main(["sweep.yaml", "--resume", "--dry-run", "store.cache_mb=5"]) == 0
+    capsys.readouterr()
+    assert main(["sweep.yaml", "--resume", "--dry-run", "store.precision=float16"]) == 2
+    said = capsys.readouterr().err
+    assert "was started with store.precision='float32', and now it is 'float16'" in said
+
+
+@pytest.mark.heavy
+def test_sweep_from_before_a_key_was_there_goes_on(tmp_path):
+    run_to_the_end(tmp_path, tiny(search__trials=1))
+    forget_newer_keys(tmp_path)
+    more = run_sweep(tmp_path, "sweep.yaml", "search.trials=2", "--resume")
+    assert more.code == 0, more.out + more.err
+    assert sum(summary_of(tmp_path)["trials"].values()) == 2
+    assert summary_of(tmp_path)["trials"]["failed"] == 0
+
+
+# --- half the bytes -------------------------------------------------------------------------
+
+
+@pytest.mark.heavy
+def test_sweep_of_half_precision_runs_on_expert_sets_of_its_own(tmp_path):
+    tree = tiny(experts__rho=0.01, search__trials=2, store__uri=str(tmp_path / "store"))
+    run_to_the_end(tmp_path, tree)
+    tree["store"]["precision"] = "float16"
+    half = run_to_the_end(tmp_path / "half", tree)
+    assert half.summary["trials"] == {"complete": 2, "pruned": 0, "failed": 0}
+    assert half.summary["experts"]["built"] == 2 and half.summary["experts"]["reused"] == 0
+    assert "for the experts to build in float16" in half.ran.out
+    store = TrajectoryStore(str(tmp_path / "store"))
+    keys = [p.name for p in (tmp_path / "store").iterdir() if (p / "set.json").exists()]
+    sets = sorted((store.at(k) for k in keys), key=lambda s: s.precision)
+    assert [s.precision for s in sets] == ["float16", "float32"]
+    for a, b in zip(*(s.segment(0, 0, 3) for s in sets), strict=True):
+        assert a.dtype == b.dtype == np.float32
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+        assert not np.array_equal(a, b)
 
 
 # --- determinism ----------------------------------------------------------------------------

@@ -64,6 +64,7 @@ def spec_for(store, tmp_path):
             evaluate=config.evaluate,
             numerics=config.resources.trial_numerics,
             store_uri=str(store),
+            cache_bytes=2**20,
             folder=str(tmp_path / name),
         )
         return replace(spec, **fields)

@@ -10,8 +10,9 @@ import asyncio
 import itertools
 import json
 import time
+import uuid
 from collections import defaultdict, deque
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,15 +21,24 @@ from ray.exceptions import RayError, RayTaskError
 
 from ftd import __version__
 from ftd.errors import Diverged, UserError
+from ftd.trajectory import PART_EPOCHS, DamagedError
 from ftd.trajectory import SCHEMA_VERSION as STORE_SCHEMA
-from ftd.trajectory import DamagedError
 from ftd_ray.actors import Lingering, shared_actor
-from ftd_ray.experts.fleet import ATTEMPTS, GPU_HEADROOM, Build, Fleet, gpu_share, start_actor
+from ftd_ray.experts.fleet import (
+    ATTEMPTS,
+    GPU_HEADROOM,
+    Build,
+    ExpertActor,
+    Fleet,
+    gpu_share,
+    start_actor,
+)
 from ftd_ray.experts.orders import ExpertOrder, FleetStatus, GpuFull, NodeStatus, SetStatus
+from ftd_ray.storage import place_error
 from ftd_ray.store import TrajectoryStore
 
 SILENT_SECONDS = 300
-"""What is only wanted by askers that did not ask for the status for so long is dropped."""
+"""What is only wanted by askers that were not heard of for so long is dropped, until they are."""
 RATE_SECONDS = 60
 """Epochs per second are counted over this long."""
 
@@ -37,16 +47,28 @@ class Withdrawn(UserError):
     """Nobody wants that expert any more."""
 
 
-@dataclass
+@dataclass(eq=False)
 class _Job:
     """The build of one expert, and who wants it."""
 
     epochs: int
-    askers: list[str]
-    """The first one pays."""
-    task: "asyncio.Task[None]"
+    rank: tuple[int, int, int]
+    askers: dict[int, str]
+    """Turn of an order -> who placed it; the first one pays."""
+    before: "_Job | None"
+    """A shorter build of the same expert, which this one goes on from."""
     build: Build | None = None
     fleet: Fleet | None = None
+    task: "asyncio.Task[None]" = field(init=False)
+
+    def want(self, turn: int, asker: str, rank: tuple[int, int, int]) -> None:
+        """Another order wants it, or what comes after it, and may be in more of a hurry."""
+        self.askers[turn] = asker
+        self.rank = min(self.rank, rank)
+        if self.build is not None and self.fleet is not None:
+            self.fleet.hasten(self.build, self.rank)
+        if self.before is not None:
+            self.before.want(turn, asker, rank)
 
 
 @dataclass
@@ -64,18 +86,31 @@ class _Asker:
     heard: float
     sets: dict[str, _Wanted] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    speaks: asyncio.Event = field(default_factory=asyncio.Event)
+    """Cleared while it is silent."""
+
+
+def _chain(job: _Job | None) -> Iterator[_Job]:
+    """A job and those that it waits for, as far as they are under way."""
+    while job is not None and not job.task.done():
+        yield job
+        job = job.before
 
 
 class Broker(Lingering):
     """One for a store on a cluster: ``ensure`` returns when an expert set is in the store."""
 
+    expert_actor: type = ExpertActor
+
     def __init__(self, store_uri: str, schema: int, version: str) -> None:
         self._store = TrajectoryStore(store_uri)
+        self._id = uuid.uuid4().hex
         self._askers: dict[str, _Asker] = {}
         self._jobs: dict[tuple[str, int], _Job] = {}
         self._fleets: dict[tuple[float, float, bool], Fleet] = {}
         self._needs: dict[str, asyncio.Task[list[int]]] = {}
-        self._diverged: dict[tuple[str, int], str] = {}
+        self._diverged: dict[tuple[str, int], tuple[int, str]] = {}
+        """(set, expert) -> epochs that it did not reach, and why."""
         self._curves: dict[str, dict[int, dict[int, float]]] = defaultdict(
             lambda: defaultdict(dict)
         )
@@ -92,27 +127,39 @@ class Broker(Lingering):
 
         Raises UserError when an expert cannot be built.
         """
-        asker = self._heard(order.asker)
         self._listening = self._listening or asyncio.create_task(self._drop_the_silent())
+        while True:
+            asker = self._heard(order.asker)
+            try:
+                await self._ensure(order, asker)
+                return list(range(order.count))
+            except Withdrawn:
+                await asker.speaks.wait()
+                if self._askers.get(order.asker) is not asker:
+                    raise
+
+    async def _ensure(self, order: ExpertOrder, asker: _Asker) -> None:
+        published = await self._published(order)
+        if self._askers.get(order.asker) is not asker:
+            raise Withdrawn(f"set {order.key} is not wanted any more")
         wanted = asker.sets.setdefault(order.key, _Wanted())
         wanted.count = max(wanted.count, order.count)
-        wanted.epochs = max(wanted.epochs, order.epochs)
-        published = await self._published(order)
-        wanted.present |= published & set(range(order.count))
+        if order.epochs > wanted.epochs:
+            wanted.epochs, wanted.present = order.epochs, set()
+        wanted.present |= {i for i in range(wanted.count) if published.get(i, -1) >= wanted.epochs}
         turn = next(self._turns)
-        missing = [i for i in range(order.count) if i not in published]
+        missing = [i for i in range(order.count) if published.get(i, -1) < order.epochs]
         tasks = [self._job(order, i, turn).task for i in missing]
         try:
             await asyncio.gather(*(asyncio.shield(t) for t in tasks))
-        except BaseException:
-            self._drop(order.asker, [order.key])  # without one expert, the others serve nobody
+        except BaseException:  # without one expert, the others are of no use to this order
+            self._drop(order.asker, turn)
             raise
-        return list(range(order.count))
 
     async def status(self, asker: str) -> FleetStatus:
         """What came of an asker's orders so far; asking says that it is still there."""
         me = self._heard(asker)
-        sets = {key: self._set_status(key, wanted) for key, wanted in me.sets.items()}
+        sets = {key: self._set_status(key, wanted, asker) for key, wanted in me.sets.items()}
         fleets = self._fleets.values()
         starting = sum(w.node is None for f in fleets for w in f.workers)
         return FleetStatus(sets=sets, nodes=self._nodes(), starting=starting, notes=tuple(me.notes))
@@ -120,91 +167,89 @@ class Broker(Lingering):
     async def withdraw(self, asker: str) -> None:
         """An asker ends: what nobody else wants is not built. Parts that are there stay."""
         if asker in self._askers:
-            self._drop(asker, list(self._askers.pop(asker).sets))
+            self._askers.pop(asker).speaks.set()
+            self._drop(asker)
 
     async def mend(self, order: ExpertOrder) -> list[int]:
         """Takes damaged experts of a set out of it, so that they are built anew; says which."""
         self._heard(order.asker)
-        async with self._mending[order.key]:
-            found = await asyncio.to_thread(self._quarantine_damaged, order)
-        for index, reason in found.items():
-            self._note(order.key, index, reason)
-        return list(found)
+        return await self._mend(order)
 
     # --- for the fleet ----------------------------------------------------------------------
 
     async def epoch_done(self, key: str, index: int, epoch: int, val_accuracy: float) -> None:
         """An expert actor finished an epoch."""
         self._curves[key][index][epoch] = val_accuracy
-        job = self._jobs.get((key, index))
-        if epoch and job is not None and job.build is not None and job.build.node:
-            self._ticks.append((time.monotonic(), job.build.node))
+        for job in _chain(self._jobs.get((key, index))):
+            if job.build is None:
+                continue
+            if epoch and job.build.node:
+                self._ticks.append((time.monotonic(), job.build.node))
+            if epoch and epoch % PART_EPOCHS == 0:  # that is published, whatever happens now
+                job.build.losses = 0
 
     # --- builds -----------------------------------------------------------------------------
 
     def _job(self, order: ExpertOrder, index: int, turn: int) -> _Job:
         """The build of one expert: the one under way if it goes far enough, else a new one."""
-        place = (order.key, index)
         rank = (0 if order.urgent else 1, turn, index)
-        job = self._jobs.get(place)
-        before = None
-        if job is not None and not job.task.done():
-            if job.askers and job.epochs >= order.epochs:
-                if order.asker not in job.askers:
-                    job.askers.append(order.asker)
-                if job.build is not None and job.fleet is not None:
-                    job.fleet.hasten(job.build, rank)
-                return job
-            before = job.task
-        job = _Job(order.epochs, [order.asker], None)  # type: ignore[arg-type]
-        job.task = asyncio.create_task(self._build(order, index, rank, job, before))
-        self._jobs[place] = job
+        before = self._jobs.get((order.key, index))
+        if before is not None and not before.task.done():
+            if before.askers:
+                before.want(turn, order.asker, rank)
+            if before.askers and before.epochs >= order.epochs:
+                return before
+        else:
+            before = None
+        job = _Job(order.epochs, rank, {turn: order.asker}, before)
+        job.task = asyncio.create_task(self._build(order, index, job))
+        self._jobs[order.key, index] = job
         return job
 
-    async def _build(
-        self,
-        order: ExpertOrder,
-        index: int,
-        rank: tuple[int, int, int],
-        job: _Job,
-        before: "asyncio.Task[None] | None",
-    ) -> None:
-        if before is not None:  # a shorter build of the same expert: go on from its end
-            await asyncio.wait([before])
-        if reason := self._diverged.get((order.key, index)):
+    async def _build(self, order: ExpertOrder, index: int, job: _Job) -> None:
+        if job.before is not None:
+            await asyncio.wait([job.before.task])
+            job.before = None
+        epochs, reason = self._diverged.get((order.key, index), (order.epochs + 1, ""))
+        if order.epochs >= epochs:
             raise UserError(reason)  # it would again: the same seed, the same end
+        unwanted = Withdrawn(f"expert {index} of set {order.key} is not wanted any more")
         for attempt in range(ATTEMPTS):
             job.fleet = await self._fleet(order)
             if not job.askers:
-                raise Withdrawn(f"expert {index} of set {order.key} is not wanted any more")
-            done: asyncio.Future[float] = asyncio.get_running_loop().create_future()
-            job.build = Build(rank, order.key, index, order.work, done)
+                raise unwanted
+            done: asyncio.Future[float | None] = asyncio.get_running_loop().create_future()
+            job.build = Build(job.rank, order.key, index, order.work, done)
             try:
                 seconds = await job.fleet.run(job.build)
                 break
             except asyncio.CancelledError:
-                raise Withdrawn(
-                    f"expert {index} of set {order.key} is not wanted any more"
-                ) from None
+                raise unwanted from None
             except RayTaskError as error:
                 cause = error.cause
                 if isinstance(cause, Diverged):
-                    self._diverged[order.key, index] = str(cause)
+                    self._diverged[order.key, index] = order.epochs, str(cause)
                 last = attempt == ATTEMPTS - 1
                 if isinstance(cause, DamagedError) and not last:
-                    await self.mend(order)
+                    await self._mend(order)
                 elif isinstance(cause, GpuFull) and order.gpus is None and not last:
-                    await self._shrink(order)
-                elif isinstance(cause, Diverged | UserError | OSError):
+                    await self._shrink(order, job.fleet)
+                elif isinstance(cause, OSError):
+                    uri = self._store.uri
+                    raise place_error(uri, "store.uri", cause, verb="written") from None
+                elif isinstance(cause, Diverged):
                     raise UserError(str(cause)) from None
+                elif isinstance(cause, UserError):
+                    raise cause from None
                 else:
                     raise
-        for number, asker in enumerate(job.askers):
-            wanted = self._askers[asker].sets.get(order.key) if asker in self._askers else None
-            if wanted is not None:
+        payer = next(iter(job.askers.values()), None)
+        for asker in set(job.askers.values()) & self._askers.keys():
+            wanted = self._askers[asker].sets[order.key]
+            if job.epochs >= wanted.epochs:
                 wanted.present.add(index)
-                if number == 0:
-                    wanted.built[index] = wanted.built.get(index, 0.0) + seconds
+            if asker == payer and seconds is not None:
+                wanted.built[index] = wanted.built.get(index, 0.0) + seconds
 
     async def _fleet(self, order: ExpertOrder) -> Fleet:
         """The actors of the size that the order says, or that a measurement says."""
@@ -212,7 +257,8 @@ class Broker(Lingering):
         gpus = gpu_share(*await self._need(order)) if order.gpus is None else order.gpus
         size = (order.cpus, gpus, measured)
         if size not in self._fleets:
-            self._fleets[size] = Fleet(order.cpus, gpus, share=gpus if measured else None)
+            share = gpus if measured else None
+            self._fleets[size] = Fleet(order.cpus, gpus, share=share, actor=self.expert_actor)
         return self._fleets[size]
 
     async def _need(self, order: ExpertOrder) -> list[int]:
@@ -224,48 +270,68 @@ class Broker(Lingering):
         return await asyncio.shield(task)
 
     async def _measure(self, order: ExpertOrder) -> list[int]:
-        actor = start_actor(order.cpus, 1.0)  # alone on its GPU
-        try:
-            return list(await actor.gpu_need.remote(order.work))
-        except RayTaskError as error:
-            raise UserError(
-                f"the GPU memory of an expert could not be measured: {error.cause}"
-            ) from None
-        except RayError as error:
-            raise UserError(
-                f"the GPU memory of an expert could not be measured ({type(error).__name__}). "
-                "Give resources.gpus_per_expert as a number."
-            ) from None
-        finally:
-            ray.kill(actor)
+        for attempt in range(1, ATTEMPTS + 1):
+            actor = start_actor(order.cpus, 1.0, self.expert_actor)  # alone on its GPU
+            try:
+                return list(await actor.gpu_need.remote(order.work))
+            except RayTaskError as error:
+                raise UserError(
+                    f"the GPU memory of an expert could not be measured: {error.cause}"
+                ) from None
+            except RayError as error:  # its process or its node is gone
+                if attempt == ATTEMPTS:
+                    raise UserError(
+                        "the GPU memory of an expert could not be measured "
+                        f"({type(error).__name__}). Give resources.gpus_per_expert as a number."
+                    ) from None
+            finally:
+                ray.kill(actor)
+        raise AssertionError("not reached")
 
-    async def _shrink(self, order: ExpertOrder) -> None:
+    async def _shrink(self, order: ExpertOrder, fleet: Fleet) -> None:
         """An expert did not fit its measured share after all: one less on each GPU."""
         need = await self._need(order)
-        per_gpu = round(1 / gpu_share(*need))
+        share = gpu_share(*need)
+        if share != fleet.size[1]:
+            return  # another expert has said so
+        per_gpu = round(1 / share)
         if per_gpu == 1:
             raise UserError("an expert does not fit on a GPU by itself. Lower experts.batch_size.")
         need[0] = int(need[1] * GPU_HEADROOM / (per_gpu - 1))
 
-    def _drop(self, asker: str, keys: Iterable[str]) -> None:
-        wanted = set(keys)
-        for (key, _), job in self._jobs.items():
-            if key in wanted and asker in job.askers and not job.task.done():
-                job.askers.remove(asker)
-                if not job.askers and job.build is not None and job.fleet is not None:
-                    job.fleet.drop(job.build)
+    def _drop(self, asker: str, order: int | None = None) -> None:
+        """All that an asker wants, or one order by its turn, is wanted by the others only."""
+        for job in (job for last in self._jobs.values() for job in _chain(last)):
+            left = {t: a for t, a in job.askers.items() if a != asker or order not in (None, t)}
+            if job.askers and not left and job.build is not None and job.fleet is not None:
+                job.fleet.drop(job.build)
+            job.askers = left
 
     # --- the store --------------------------------------------------------------------------
 
-    async def _published(self, order: ExpertOrder) -> set[int]:
-        def look() -> set[int]:
-            return set(self._store.expert_set(order.identity).complete(order.epochs))
+    async def _published(self, order: ExpertOrder) -> dict[int, int]:
+        """Expert -> its last published epoch."""
+
+        def look() -> dict[int, int]:
+            experts = self._store.expert_set(order.identity)
+            manifests = {i: experts.manifest(i) for i in experts.experts()}
+            return {i: m.epochs for i, m in manifests.items() if m is not None}
 
         try:
-            return await asyncio.to_thread(look)
-        except DamagedError:
-            await self.mend(order)
-            return await asyncio.to_thread(look)
+            try:
+                return await asyncio.to_thread(look)
+            except DamagedError:
+                await self._mend(order)
+                return await asyncio.to_thread(look)
+        except OSError as error:
+            raise place_error(self._store.uri, "the store", error, verb="read") from error
+
+    async def _mend(self, order: ExpertOrder) -> list[int]:
+        async with self._mending[order.key]:
+            found = await asyncio.to_thread(self._quarantine_damaged, order)
+        for index, reason in found.items():
+            self._note(order, index, reason)
+        return list(found)
 
     def _quarantine_damaged(self, order: ExpertOrder) -> dict[int, str]:
         """Expert -> what was wrong with it and where it lies now."""
@@ -278,33 +344,40 @@ class Broker(Lingering):
                 found[index] = f"{error} It lies in {experts.quarantine(index)}."
         return found
 
-    def _note(self, key: str, index: int, reason: str) -> None:
-        text = f"expert {index} of set {key} was damaged and is trained again: {reason}"
-        for asker in self._askers.values():
-            if key in asker.sets:
-                asker.sets[key].present.discard(index)
+    def _note(self, order: ExpertOrder, index: int, reason: str) -> None:
+        text = f"expert {index} of set {order.key} was damaged and is trained again: {reason}"
+        self._curves[order.key].pop(index, None)
+        for name, asker in self._askers.items():
+            if order.key in asker.sets:
+                asker.sets[order.key].present.discard(index)
+            if order.key in asker.sets or name == order.asker:
                 asker.notes.append(text)
 
     # --- what is told -----------------------------------------------------------------------
 
-    def _set_status(self, key: str, wanted: _Wanted) -> SetStatus:
-        running, left = {}, 0
+    def _set_status(self, key: str, wanted: _Wanted, asker: str) -> SetStatus:
+        running, ours, left = {}, set(), 0
         for i in range(wanted.count):
             job = self._jobs.get((key, i))
             if i in wanted.present or job is None or job.task.done():
                 continue
             epoch = max(self._curves[key][i], default=0)
             left += max(0, wanted.epochs - epoch)
+            job = job.before or job
             if job.build is not None and job.build.node:
                 running[i] = epoch
+            if next(iter(job.askers.values()), None) == asker:
+                ours.add(i)
         return SetStatus(
             needed=wanted.count,
             epochs=wanted.epochs,
             present=frozenset(wanted.present),
             built=dict(wanted.built),
             running=running,
+            ours=frozenset(ours),
             epochs_left=left,
             curves={i: dict(c) for i, c in self._curves[key].items()},
+            broker=self._id,
         )
 
     def _nodes(self) -> dict[str, NodeStatus]:
@@ -329,15 +402,18 @@ class Broker(Lingering):
         now = time.monotonic()
         known = self._askers.setdefault(asker, _Asker(now))
         known.heard = now
+        known.speaks.set()
         return known
 
     async def _drop_the_silent(self) -> None:
         """A driver that was killed cannot say that it wants nothing more."""
         while True:
             await asyncio.sleep(SILENT_SECONDS / 10)
-            silent = time.monotonic() - SILENT_SECONDS
-            for name in [a for a, v in self._askers.items() if v.heard < silent]:
-                await self.withdraw(name)
+            since = time.monotonic() - SILENT_SECONDS
+            for name, asker in self._askers.items():
+                if asker.heard < since and asker.speaks.is_set():
+                    asker.speaks.clear()
+                    self._drop(name)
 
     def busy(self) -> bool:
         return any(not job.task.done() for job in self._jobs.values())

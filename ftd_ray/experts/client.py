@@ -104,11 +104,15 @@ class BrokerClient:
         return list(self.status.notes[told:])
 
     def _take(self, status: FleetStatus) -> None:
-        """A broker that came back knows less than the one before: what was built stays known."""
-        known = self.status.sets
-        merged = {
-            key: replace(s, built=known[key].built | s.built) if key in known else s
-            for key, s in status.sets.items()
-        }
+        """A broker that came back knows less than the one before: what was built stays known.
+
+        So does what was under way for us then and is there now.
+        """
+        known, merged = self.status.sets, {}
+        for key, s in status.sets.items():
+            if before := known.get(key):
+                since = before.ours & s.present if before.broker != s.broker else ()
+                s = replace(s, built=dict.fromkeys(since, 0.0) | before.built | s.built)
+            merged[key] = s
         self._notes_told = min(self._notes_told, len(status.notes))
         self.status = replace(status, sets=known | merged)

@@ -4,6 +4,7 @@ import contextlib
 import time
 from typing import Any
 
+import pyarrow as pa
 import ray
 from ray.exceptions import RayTaskError
 from rich.console import Console
@@ -16,6 +17,7 @@ from ftd_ray.pictures import short_names
 from ftd_ray.plan import Plan
 from ftd_ray.progress import Progress, duration
 from ftd_ray.signals import Interrupted, Signals
+from ftd_ray.storage import PlaceError, place_error
 from ftd_ray.store import TrajectoryStore
 from ftd_ray.store.usage import Usage
 from ftd_ray.tracking import Tracker, tolerant
@@ -42,7 +44,7 @@ class Fill:
         began = time.monotonic()
         start_ray(address)
         self._signals.arm()  # Ray has taken SIGTERM for itself
-        state = "KILLED"
+        state = "FAILED"
         try:
             check_cluster(self.config, experts_only=True)
             if address is not None:  # nodes may come that have not got the data set
@@ -52,7 +54,10 @@ class Fill:
             with self._progress:
                 failures = self._build()
             state = "FAILED" if failures else "FINISHED"
+        except (OSError, pa.ArrowException) as error:
+            raise place_error(self.config.store.uri, "store.uri", error) from error
         except Interrupted:
+            state = "KILLED"
             self._say("interrupted. What is trained is in the store; the same command goes on.")
             raise
         finally:
@@ -84,6 +89,8 @@ class Fill:
                 try:
                     ray.get(ref)
                 except RayTaskError as error:
+                    if isinstance(error.cause, PlaceError):  # no other set could be built either
+                        raise error.cause from None
                     if not isinstance(error.cause, UserError):
                         raise
                     failures[key] = str(error.cause)

@@ -21,6 +21,8 @@ from ftd_ray.experts.room import room_for
 
 ATTEMPTS = 4
 """Times that an expert is tried when its actor or node dies."""
+LEASE_SECONDS = 300
+"""After so long an actor makes way for one that may have to wait: for trials, or other fleets."""
 RECOUNT_SECONDS = 2
 """While there is work, the cluster's size is looked at this often."""
 GPU_HEADROOM = 0.92
@@ -33,22 +35,29 @@ class ExpertActor:
     """Shell of ``ftd_ray.experts.build``: trains one expert after another."""
 
     def node(self) -> str:
-        """The address of the node that the actor stands on."""
-        return ray.util.get_node_ip_address()
+        """The node that the actor stands on."""
+        return node_name()
 
-    def build(self, work: bytes, key: str, index: int, share: float | None, broker: Any) -> float:
-        """Builds an expert of a pickled ExpertRequest; returns the seconds that it took."""
+    def build(
+        self, work: bytes, key: str, index: int, share: float | None, broker: Any
+    ) -> float | None:
+        """Builds an expert of a pickled ExpertRequest.
+
+        Returns the seconds that it took, None if there was nothing left to train.
+        """
         from ftd_ray.experts.build import build_expert, limit_gpu_memory
 
         if share is not None:
             limit_gpu_memory(share)
-        began = time.monotonic()
+        began, trained = time.monotonic(), False
 
         def on_epoch(snapshot: Any) -> None:
+            nonlocal trained
+            trained = True
             broker.epoch_done.remote(key, index, snapshot.epoch, snapshot.val_accuracy)
 
         build_expert(pickle.loads(work), index, on_epoch)
-        return time.monotonic() - began
+        return time.monotonic() - began if trained else None
 
     def gpu_need(self, work: bytes) -> tuple[int, int]:
         """Bytes of its GPU that one such expert takes, and that there are."""
@@ -57,20 +66,27 @@ class ExpertActor:
         return gpu_need(pickle.loads(work))
 
 
-@dataclass(order=True)
+@dataclass(eq=False)
 class Build:
     """One expert to be trained. The smallest ``rank`` is next."""
 
     rank: tuple[int, int, int]
     """(0 when a trial waits, turn of the order, expert)."""
-    key: str = field(compare=False)
-    index: int = field(compare=False)
-    work: bytes = field(compare=False)
-    done: asyncio.Future[float] = field(compare=False)
-    losses: int = field(default=0, compare=False)
-    node: str | None = field(default=None, compare=False)
-    """Where it is being trained."""
-    worker: "Worker | None" = field(default=None, compare=False, repr=False)
+    key: str
+    index: int
+    work: bytes
+    done: asyncio.Future[float | None]
+    losses: int = 0
+    """Of its actor, since it got further last."""
+    worker: "Worker | None" = field(default=None, repr=False)
+
+    def __lt__(self, other: "Build") -> bool:
+        return self.rank < other.rank
+
+    @property
+    def node(self) -> str | None:
+        """Where it is being trained."""
+        return self.worker.node if self.worker else None
 
 
 @dataclass(eq=False)
@@ -107,8 +123,8 @@ class Fleet:
         self._keeper: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
 
-    async def run(self, build: Build) -> float:
-        """Has it built; returns the seconds of work. Raises what the actor raised, or UserError."""
+    async def run(self, build: Build) -> float | None:
+        """Has it built; returns what the actor does. Raises what it raised, or UserError."""
         self._push(build)
         return await build.done
 
@@ -123,10 +139,10 @@ class Fleet:
         if build in self._queue:
             self._queue.remove(build)
             heapq.heapify(self._queue)
-        if not build.done.done():
-            build.done.cancel()
+        build.done.cancel()
         if build.worker is not None:
-            ray.kill(build.worker.actor)
+            self._dismiss(build.worker)
+        self._wake.set()
 
     def _push(self, build: Build) -> None:
         heapq.heappush(self._queue, build)
@@ -139,49 +155,59 @@ class Fleet:
         room = 1
         while self._queue or self.workers:
             self._wake.clear()
-            with contextlib.suppress(RayError):
+            with contextlib.suppress(Exception):  # the cluster does not answer just now
                 room = await asyncio.to_thread(self._room, *self.size)
-            busy = sum(w.build is not None for w in self.workers)
-            wanted = min(room, busy + len(self._queue))
-            for _ in range(wanted - len(self.workers)):
-                worker = Worker(start_actor(*self.size, self._actor))
-                self.workers.add(worker)
-                worker.life = asyncio.create_task(self._live(worker))
-            surplus = [w for w in self.workers if w.node is None]
-            for worker in surplus[: max(0, len(self.workers) - wanted)]:
-                self._dismiss(worker)
+            try:
+                self._adjust(room)
+            except Exception as error:  # askers must hear of it
+                self._failed_start(error)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), RECOUNT_SECONDS)
 
+    def _adjust(self, room: int) -> None:
+        """Starts or withdraws actors until there are as many as work and room are there for."""
+        busy = sum(w.build is not None for w in self.workers)
+        wanted = min(room, busy + len(self._queue))
+        for _ in range(wanted - len(self.workers)):
+            worker = Worker(start_actor(*self.size, self._actor))
+            self.workers.add(worker)
+            worker.life = asyncio.create_task(self._live(worker))
+        surplus = [w for w in self.workers if w.node is None]
+        for worker in surplus[: max(0, len(self.workers) - wanted)]:
+            self._dismiss(worker)
+
     def _dismiss(self, worker: Worker) -> None:
         self.workers.discard(worker)
-        ray.kill(worker.actor)
+        with contextlib.suppress(RayError):
+            ray.kill(worker.actor)
 
     async def _live(self, worker: Worker) -> None:
         """An actor's life: waits for a place, builds while there is something to build."""
         try:
             worker.node = await worker.actor.node.remote()
             self._failed_starts = 0
-            while self._queue:
+            end = time.monotonic() + LEASE_SECONDS
+            while self._queue and worker in self.workers and time.monotonic() < end:
                 build = heapq.heappop(self._queue)
-                worker.build, build.worker, build.node = build, worker, worker.node
+                worker.build, build.worker = build, worker
                 await self._one(worker.actor, build)
-                worker.build = build.worker = build.node = None
+                worker.build = build.worker = None
         except RayError as error:  # its process or its node is gone, or its memory
             if worker.build is not None:
                 self._lost(worker.build)
             elif worker in self.workers:  # not dismissed
                 self._failed_start(error)
         finally:
-            if worker in self.workers:
-                self._dismiss(worker)
+            self._dismiss(worker)
             self._wake.set()
 
     async def _one(self, actor: Any, build: Build) -> None:
         me = ray.get_runtime_context().current_actor
         try:
             seconds = await actor.build.remote(build.work, build.key, build.index, self._share, me)
-        except RayTaskError as error:
+        except Exception as error:
+            if isinstance(error, RayError) and not isinstance(error, RayTaskError):
+                raise  # the actor is gone, and the build may be tried again
             if not build.done.done():
                 build.done.set_exception(error)
         else:
@@ -189,7 +215,7 @@ class Fleet:
                 build.done.set_result(seconds)
 
     def _lost(self, build: Build) -> None:
-        build.worker = build.node = None
+        build.worker = None
         build.losses += 1
         if build.done.done():
             return
@@ -199,11 +225,11 @@ class Fleet:
         build.done.set_exception(
             UserError(
                 f"expert {build.index} of set {build.key} was lost {ATTEMPTS} times with its "
-                "process. Does an expert need more memory than there is?"
+                "process and got no further. Does an expert need more memory than there is?"
             )
         )
 
-    def _failed_start(self, error: RayError) -> None:
+    def _failed_start(self, error: Exception) -> None:
         self._failed_starts += 1
         if self._failed_starts < ATTEMPTS or not self._queue:
             return
@@ -220,6 +246,14 @@ def start_actor(cpus: float, gpus: float, actor: type = ExpertActor) -> Any:
     """A new expert actor, spread over the nodes; it may have to wait for its place."""
     options = {"num_cpus": cpus, "num_gpus": gpus, "scheduling_strategy": "SPREAD"}
     return ray.remote(actor).options(**options).remote()
+
+
+def node_name() -> str:
+    """This node's address; nodes that share theirs with others add the start of their id."""
+    here = ray.get_runtime_context().get_node_id()
+    addresses = {n["NodeID"]: n["NodeManagerAddress"] for n in ray.nodes() if n["Alive"]}
+    alone = list(addresses.values()).count(addresses[here]) == 1
+    return addresses[here] if alone else f"{addresses[here]}-{here[:6]}"
 
 
 def gpu_share(need: int, total: int) -> float:

@@ -41,9 +41,13 @@ class SetStatus:
     """Expert -> seconds, of those that were built because of this asker."""
     running: dict[int, int]
     """Expert in training -> its last finished epoch."""
+    ours: frozenset[int]
+    """Experts under way, in training or not, because of this asker."""
     epochs_left: int
     curves: dict[int, dict[int, float]]
     """Expert -> epoch -> validation accuracy, of what was trained since the broker started."""
+    broker: str
+    """The process that says so; another one knows nothing of what the one before has built."""
 
 
 @dataclass(kw_only=True)

@@ -28,7 +28,7 @@ class Removal:
     """Something that goes, or would go."""
 
     kind: str
-    """set, leftovers or quarantine."""
+    """set, leftovers, quarantine or empty (a folder without a file)."""
     name: str
     """Below the store; of leftovers the set that they are in, "" for the store itself."""
     bytes: int
@@ -70,7 +70,13 @@ def plan_cleaning(
             removals.append(Removal("leftovers", entry.key if entry else "", size, newest, why))
     left = store.bytes - sum(r.bytes for r in removals)
     kept = []
+    removals += [
+        Removal("empty", s.key, 0, now, "an empty folder") for s in store.sets if not s.files
+    ]
     for entry in sorted(store.sets, key=lambda s: s.last_used):
+        own = sum(f.bytes for f in entry.files if f not in entry.foreign)
+        if len(entry.files) == len(entry.foreign):
+            continue
         unused = now - entry.last_used
         if keep_days is not None:
             if unused <= keep_days * DAY:
@@ -80,14 +86,14 @@ def plan_cleaning(
             assert max_bytes is not None
             if left <= max_bytes:
                 break
-            why = f"least recently used, and the store is above {size_text(max_bytes)}"
+            why = "least recently used"
         if (reason := _untouchable(entry, now)) is not None:
             kept.append(f"{entry.key} stays: {reason}")
             continue
         going = [r for r in removals if r.name.split("/")[0] == entry.key]
         removals = [r for r in removals if r not in going]  # they go with their set
-        left -= entry.bytes - sum(r.bytes for r in going)
-        removals.append(Removal("set", entry.key, entry.bytes, entry.last_used, why))
+        left -= own - sum(r.bytes for r in going)
+        removals.append(Removal("set", entry.key, own, entry.last_used, why))
     if max_bytes is not None and left > max_bytes:
         kept.append(
             f"{size_text(left)} would be left, above {size_text(max_bytes)}: "
@@ -103,10 +109,8 @@ def clean(store: Inventory, plan: CleaningPlan, now: float) -> Iterator[tuple[Re
             yield removal, _remove(store, removal, now, pool)
 
 
-def _remove(
-    store: Inventory, removal: Removal, now: float, pool: ThreadPoolExecutor
-) -> str | None:
-    key, _, inner = removal.name.partition("/")
+def _remove(store: Inventory, removal: Removal, now: float, pool: ThreadPoolExecutor) -> str | None:
+    key = removal.name.partition("/")[0]
     if removal.kind == "quarantine":
         every = [*store.quarantined, *(q for s in store.sets for q in s.quarantined)]
         files = next(q.files for q in every if q.name == removal.name)
@@ -138,7 +142,7 @@ def _delete_set(store: Inventory, entry: SetEntry, pool: ThreadPoolExecutor) -> 
     _delete(store, manifests, pool)
     _delete(store, [f for f in entry.files if f not in spared], pool)
     (now,) = look_at(store, [entry.key])
-    if all(f in identity for f in now.files):  # else somebody began to use it meanwhile
+    if all(f in spared for f in now.files):  # else somebody began to use it meanwhile
         _delete(store, identity, pool)
         _delete_empty(store, entry.key)
 
@@ -147,7 +151,7 @@ def _untouchable(entry: SetEntry, now: float) -> str | None:
     """Why a set is not deleted, whatever its age."""
     if running := entry.running(now):
         user = running[0]
-        return f"used by {user.name}, {age_text(now - user.renewed)} ago, of {user.place}"
+        return f"{user.name} uses it ({user.place}, {age_text(now - user.renewed)} ago)"
     if entry.state == "newer" or any(e.newer for e in entry.experts.values()):
         return "of another schema version"
     if entry.state in ("damaged", "misplaced"):

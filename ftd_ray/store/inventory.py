@@ -220,10 +220,9 @@ def look_at(store: Inventory, keys: Iterable[str]) -> list[SetEntry]:
 
 
 def is_manifest(file: File) -> bool:
+    """Whether it publishes an expert of a set; those in quarantines lie in other folders."""
     *_, folder, name = file.name.rsplit("/", 2)
-    return bool(_EXPERT.fullmatch(folder) and _MANIFEST.fullmatch(name)) and (
-        f"/{QUARANTINE}/" not in file.name
-    )
+    return bool(_EXPERT.fullmatch(folder) and _MANIFEST.fullmatch(name))
 
 
 def _look(store: Inventory, key: str) -> SetEntry:
@@ -278,9 +277,7 @@ def _read_expert(store: Inventory, entry: SetEntry, expert: Expert) -> list[File
     """Reads the manifest that counts; returns the parts that no manifest names."""
     assert entry.experts_set is not None
     folder = f"{entry.key}/expert-{expert.index:04d}"
-    infos = [
-        pafs.FileInfo(f"{store.path}/{f.name}", mtime_ns=f.modified_ns) for f in expert.files
-    ]
+    infos = [pafs.FileInfo(f"{store.path}/{f.name}", mtime_ns=f.modified_ns) for f in expert.files]
     names = manifest_names(infos)
     parts = {f.name: f for f in expert.files if _PART.fullmatch(f.name.rpartition("/")[2])}
     try:

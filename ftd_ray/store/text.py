@@ -72,14 +72,3 @@ def precision_text(identity: object) -> str:
     """What snapshots are kept in; sets of before there was a choice do not say."""
     found = field(identity, "snapshots")
     return "float32" if found == "?" else str(found)
-
-
-def numbers_text(numbers: Sequence[int]) -> str:
-    """Ascending whole numbers with ranges: 0–3, 7, 9–11."""
-    runs: list[list[int]] = []
-    for n in numbers:
-        if runs and n == runs[-1][1] + 1:
-            runs[-1][1] = n
-        else:
-            runs.append([n, n])
-    return ", ".join(str(a) if a == b else f"{a}–{b}" for a, b in runs)
