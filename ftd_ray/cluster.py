@@ -8,6 +8,7 @@ import warnings
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ftd.errors import UserError
@@ -102,8 +103,11 @@ def _check_shared(places: dict[str, str], nodes: list[dict[str, Any]]) -> None:
             for node in nodes:
                 strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
                 place = {"num_cpus": 0, "scheduling_strategy": strategy}
-                there = sees.options(**place).remote(join(uri, name))
-                if not ray.get(there):
+                try:
+                    there = ray.get(sees.options(**place).remote(join(uri, name)))
+                except RayError:  # it has just left
+                    continue
+                if not there:
                     raise UserError(
                         f"{key}={uri} is not the same folder on node "
                         f"{node['NodeManagerAddress']}. Give a place that all nodes share, "

@@ -75,13 +75,16 @@ class Shipment:
         name = actor_name("data", self.config, self.fingerprint, node=self.node)
         try:
             server = ray.get_actor(name, namespace=NAMESPACE)
+        except ValueError as error:
+            raise _not_arrived(error) from error
+        try:
             for start, chunk in _ahead(server, what, len(out), rows):
                 out[start : start + len(chunk)] = chunk
         except RayTaskError as error:
             if isinstance(error.cause, UserError):
                 raise error.cause from None
             raise _not_arrived(error.cause) from error
-        except (RayError, ValueError) as error:
+        except RayError as error:
             raise _not_arrived(error) from error
 
     def keep(self) -> None:

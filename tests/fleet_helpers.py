@@ -121,8 +121,9 @@ class WatchedBroker(Broker):
 
 
 def watched_broker(store: Path, cls: type = WatchedBroker) -> Any:
-    """A store's broker to look into, started as the real one is."""
-    return shared_actor(cls, cls.__name__, str(store), SCHEMA_VERSION, __version__)
+    """A store's broker to look into, started as the real one is, but always on this node."""
+    here = ray.get_runtime_context().get_node_id()
+    return shared_actor(cls, cls.__name__, str(store), SCHEMA_VERSION, __version__, node=here)
 
 
 def ask(ref: Any) -> Any:

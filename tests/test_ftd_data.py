@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ftd.data import Dataset, DatasetConfig, Normalisation, Split, describe, load
+from ftd.data import Dataset, DatasetConfig, Normalisation, Split, describe, load, open_arrays
 from ftd.data import cache as cache_module
 from ftd.data import dataset as dataset_module
 from ftd.data.normalise import ZCA_EPS, fit_standard, fit_zca
@@ -604,3 +604,64 @@ def test_the_cache_lies_where_the_environment_says(monkeypatch: pytest.MonkeyPat
     assert cache_module.cache_root() == Path("/xdg/ftd")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_module.cache_root() == Path(os.path.expanduser("~/.cache/ftd"))
+
+
+# --- sent from elsewhere --------------------------------------------------------------------
+
+
+class Elsewhere:
+    """The toy instance of ``Sender``: a data set that was opened before its files went away."""
+
+    def __init__(self, config: DatasetConfig) -> None:
+        self.facts, arrays = open_arrays(config)
+        self.arrays = {what: array.copy() for what, array in arrays.items()}
+        self.sent: list[str] = []
+
+    def fill(self, what: str, out: np.ndarray) -> None:
+        self.sent.append(what)
+        out[:] = self.arrays[what]
+
+
+@pytest.mark.parametrize("zca", [False, True])
+def test_a_data_set_that_is_sent_is_the_one_that_was_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zca: bool
+) -> None:
+    make_folder(tmp_path / "images", None, {"cat": 12, "dog": 12})
+    config = replace(folder_config(tmp_path / "images"), resolution=6, zca=zca)
+    monkeypatch.setenv("FTD_CACHE", str(tmp_path / "one"))
+    there, sender = load(config), Elsewhere(config)
+    (tmp_path / "images").rename(tmp_path / "away")
+    monkeypatch.setenv("FTD_CACHE", str(tmp_path / "other"))
+    for _ in range(2):  # the second time it is there
+        here = load(config, "cpu", sender)
+        assert sender.sent == (["pixels", "zca"] if zca else ["pixels"])
+        assert here.description == there.description
+        for name in ("train", "val", "test"):
+            mine, theirs = getattr(here, name), getattr(there, name)
+            assert torch.equal(
+                mine.batch(torch.arange(len(mine))), theirs.batch(torch.arange(len(theirs)))
+            )
+            assert torch.equal(mine.labels, theirs.labels)
+    assert not (tmp_path / "other" / "index").exists()
+    with pytest.raises(UserError, match="images"):
+        load(config)
+
+
+def test_pixels_that_are_here_are_not_sent_for(cache: Path) -> None:
+    load(DIGITS)
+    sender = Elsewhere(DIGITS)
+    assert everything(load(DIGITS, "cpu", sender).train).any()
+    assert sender.sent == []
+
+
+def test_sending_that_fails_leaves_nothing_and_the_next_one_succeeds(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sender = Elsewhere(DIGITS)
+    monkeypatch.setenv("FTD_CACHE", str(cache / "other"))
+    arrays, sender.arrays = sender.arrays, {}
+    with pytest.raises(KeyError):
+        load(DIGITS, "cpu", sender)
+    assert list((cache / "other" / "pixels").iterdir()) == []
+    sender.arrays = arrays
+    assert everything(load(DIGITS, "cpu", sender).train).any()

@@ -536,7 +536,6 @@ def test_memory_is_bounded_by_the_limit_however_large_the_store(store, cluster):
         shared = max(shared, now[2][1])
     assert sum(ray.get(busy, timeout=BOUND)) * 2 * size > 3 * there.set.size()
     # Workers map what they read. The cache reads a snapshot in each of its threads.
-    print([n / MB for n in own], shared / MB)
     assert max(own[:2]) < 16 * MB
     assert own[2] < 64 * MB
     # In the object store, beside the limit: segments that are held, what is being read, and what

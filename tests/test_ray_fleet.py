@@ -40,6 +40,7 @@ from ray_helpers import (
     files_below,
     finished,
     mlflow_runs,
+    parse_tiny,
     run_sweep,
     running_sweep,
     summary_of,
@@ -48,11 +49,14 @@ from ray_helpers import (
     write_sweep,
 )
 
-from ftd.errors import UserError
+from ftd.data import describe
+from ftd.errors import Diverged, UserError
 from ftd.trajectory import PART_EPOCHS
 from ftd_ray.experts import fleet
 from ftd_ray.experts.__main__ import main
+from ftd_ray.experts.client import BrokerClient
 from ftd_ray.experts.fleet import EXPERTS_PER_GPU, GPU_HEADROOM, ExpertActor, gpu_share
+from ftd_ray.experts.orders import FleetStatus, SetStatus
 from ftd_ray.experts.room import room_for
 from ftd_ray.store import TrajectoryStore
 
@@ -197,6 +201,7 @@ def test_node_killed_in_mid_epoch_costs_no_bit(head, nodes, broker_for, tmp_path
     raylet = victim.all_processes["raylet"][0].process
     os.kill(raylet.pid, signal.SIGKILL)
     assert ask(answer) == [0, 1, 2]
+    assert set(status(handle, order).built) == {0, 1, 2}
     assert files_of(tmp_path / "a") == undisturbed(tmp_path / "b", **long)
 
 
@@ -237,6 +242,10 @@ def test_urgent_order_comes_before_the_rest_of_a_fill_whatever_it_needs(
     wait_until("the fill's first build", lambda: running_epochs(handle, fills[0]))
     filled.append(handle.ensure.remote(fills[1]))
     wait_until("both fills in the queue", lambda: len(ask(handle.waiting.remote())) == 7)
+    longer = {"epochs": LONG["epochs"] + 1, "batch_size": LONG["batch_size"]}
+    fills.append(order_for(tmp_path, asker="more", urgent=False, count=1, rho=0.02, **longer))
+    filled.append(handle.ensure.remote(fills[2]))
+    wait_until("a third fill", lambda: fleet_status(handle, "more").sets)
     further = {"epochs": LONG["epochs"] + 2, "batch_size": LONG["batch_size"]}
     urgent = [
         order_for(tmp_path, asker="trial", count=2, rho=0.02, **further),
@@ -248,6 +257,7 @@ def test_urgent_order_comes_before_the_rest_of_a_fill_whatever_it_needs(
         [0],
         [0, 1, 2, 3, 4],
         [0, 1, 2],
+        [0],
     ]
     trained = ask(handle.trained.remote())
     assert max(Counter(trained).values()) == 1
@@ -266,7 +276,7 @@ def test_topping_up_trains_the_difference_to_the_bits_of_asking_for_all_at_once(
 ):
     nodes(num_cpus=2)
     handle = broker_for(tmp_path / "a")
-    few, many = ({"count": 10, "epochs": 20}, {"count": 15, "epochs": 30})
+    few, many = ({"count": c, "epochs": e, "batch_size": 1200} for c, e in ((10, 20), (15, 30)))
     ask(handle.ensure.remote(order_for(tmp_path / "a", **few)))
     more = order_for(tmp_path / "a", **many)
     ask(handle.ensure.remote(more))
@@ -327,9 +337,10 @@ def test_withdrawal_and_the_same_order_in_one_breath_serves_the_order(
     handle = broker_for(tmp_path)
     short = order_for(tmp_path, asker="we", count=2, epochs=2)
     longer = order_for(tmp_path, asker="they", count=2, epochs=4)
-    first = [handle.ensure.remote(o) for o in (short, longer)]
-    for asker in ("we", "they"):
-        wait_until("the order", lambda a=asker: fleet_status(handle, a).sets)
+    first = []
+    for order in (short, longer):
+        first.append(handle.ensure.remote(order))
+        wait_until("the order", lambda a=order.asker: fleet_status(handle, a).sets)
     for asker in ("we", "they"):
         handle.withdraw.remote(asker)
     again = handle.ensure.remote(replace(longer, asker="others"))
@@ -387,6 +398,14 @@ class StandIn:
         if (share or 1) < todo.get("fits", 0):
             time.sleep(0.5)  # so that neighbours find out at the same time
             raise GpuFull("an expert needs more GPU memory than it was given.")
+        if "diverges" in todo:  # it is the first to come to its end
+            end = Path(todo["folder"], "diverged")
+            if index == todo["diverges"]:
+                end.touch()
+                raise Diverged(f"expert {index} diverged.")
+            while not end.exists():
+                time.sleep(0.05)
+            time.sleep(0.5)
         for part in range(1, todo.get("parts", 0) + 1):
             if self.first(todo, f"{index}-{part}"):
                 ray.get(broker.epoch_done.remote(key, index, part * PART_EPOCHS, 0.5))
@@ -494,6 +513,34 @@ def test_expert_that_gets_further_each_time_is_not_given_up(head, nodes, broker_
     assert [epoch for _, _, epoch in ask(handle.trained.remote())] == [5, 10, 15, 20, 25, 30]
 
 
+def test_expert_that_diverges_fails_the_orders_that_need_it_and_no_others(
+    head, nodes, broker_for, tmp_path
+):
+    nodes()
+    handle = broker_for(tmp_path / "store", StandInBroker)
+    order = stand_in_order(tmp_path, count=6, gpus=0, diverges=2)
+    answers = [handle.ensure.remote(o) for o in (order, replace(order, count=2))]
+    with pytest.raises(UserError, match="diverged"):
+        ask(answers[0])
+    assert ask(answers[1]) == [0, 1]
+    assert ask(handle.waiting.remote()) == []
+    with pytest.raises(UserError, match="diverged"):
+        ask(handle.ensure.remote(replace(order, asker="they", epochs=order.epochs + 1)))
+
+
+def test_more_epochs_of_a_set_that_is_there_are_told_as_missing(head, broker_for, tmp_path):
+    undisturbed(tmp_path)
+    handle, more = broker_for(tmp_path), order_for(tmp_path, epochs=7)
+    assert ask(handle.ensure.remote(order_for(tmp_path))) == [0, 1]
+    assert status(handle, more).present == {0, 1}
+    handle.ensure.remote(more)  # there is no node for it
+    wait_until("the builds in the queue", lambda: len(ask(handle.waiting.remote())) == 2)
+    known = status(handle, more)
+    assert (known.present, known.epochs, known.ours) == (set(), 7, {0, 1})
+    assert ask(handle.ensure.remote(order_for(tmp_path))) == [0, 1]
+    assert status(handle, more).present == set()
+
+
 class PoliteBroker(StandInBroker):
     def __init__(self, *args: Any) -> None:
         fleet.LEASE_SECONDS = 0.1
@@ -546,6 +593,35 @@ def test_actors_that_can_never_be_started_are_an_error(head, broker_for, tmp_pat
         ask(handle.ensure.remote(stand_in_order(tmp_path, count=3, gpus=0)))
 
 
+# --- accounts -------------------------------------------------------------------------------
+
+
+def told(broker: str, **changes: Any) -> FleetStatus:
+    empty: dict[str, Any] = {"present": (), "built": {}, "running": {}, "ours": ()}
+    now = SetStatus(needed=4, epochs=3, epochs_left=9, curves={}, broker=broker, **empty)
+    return FleetStatus(sets={"key": replace(now, **changes)})
+
+
+def test_expert_that_ended_with_its_broker_is_of_the_account_that_it_was_built_on():
+    config = parse_tiny()
+    client = BrokerClient(config, describe(config.dataset))
+    client._take(told("a", present={0}, built={0: 2.0}, ours={1, 2}))
+    client._take(FleetStatus())  # a new one, which has heard of nothing yet
+    client._take(told("b", present={0, 1, 3}, ours={2}))
+    assert client.status.sets["key"].built == {0: 2.0, 1: 0.0}
+    client._take(told("b", present={0, 1, 2, 3}, built={2: 5.0}))
+    assert client.status.sets["key"].built == {0: 2.0, 1: 0.0, 2: 5.0}
+
+
+def test_actor_that_found_its_expert_built_says_so(tmp_path):
+    class Deaf:
+        epoch_done = type("Method", (), {"remote": lambda *_: None})()
+
+    order = order_for(tmp_path)
+    assert ExpertActor().build(order.work, order.key, 0, None, Deaf) > 0
+    assert ExpertActor().build(order.work, order.key, 0, None, Deaf) is None
+
+
 # --- drivers --------------------------------------------------------------------------------
 
 SWEEP = tiny(
@@ -572,7 +648,7 @@ def best_of(folder: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def pair(head, tmp_path_factory) -> Iterator[list[Path]]:
+def pair(head, tmp_path_factory) -> list[Path]:
     """Two sweeps that began at the same moment on one cluster and asked for the same experts."""
     node = head.add_node(num_cpus=2)
     head.wait_for_nodes()
@@ -584,8 +660,8 @@ def pair(head, tmp_path_factory) -> Iterator[list[Path]]:
     for code, where in zip(codes, folders, strict=True):
         ran = finished(where, code)
         assert code == 0, ran.out + ran.err
-    yield folders
     head.remove_node(node)
+    return folders
 
 
 @pytest.mark.heavy
@@ -817,16 +893,17 @@ def test_set_that_diverges_is_told_with_exit_1_and_the_others_are_complete(tmp_p
 
 
 @pytest.mark.heavy
-def test_filling_that_is_interrupted_again_and_again_goes_on_each_time(pair, tmp_path):
-    sweep_file(tmp_path)
+def test_filling_that_is_interrupted_again_and_again_goes_on_each_time(tmp_path):
+    four = {"epochs": 4 * PART_EPOCHS, "batch_size": 32, "count": 4}
+    write_sweep(tmp_path, tiny(**{f"experts__{k}": v for k, v in four.items()}, experts__rho=0.01))
     output = tmp_path / "stdout.txt"
     for signum, after in (
         (signal.SIGTERM, "in training"),
-        (signal.SIGINT, "experts    1/3"),
-        (signal.SIGKILL, "experts    2/3"),
+        (signal.SIGINT, "experts    [12]/4"),
+        (signal.SIGKILL, "experts    [23]/4"),
     ):
         with running_sweep(tmp_path, "sweep.yaml", module="ftd_ray.experts") as process:
-            wait_until(f"{after} in the output", lambda t=after: t in output.read_text())
+            wait_until(f"{after} in the output", lambda t=after: re.search(t, output.read_text()))
             process.send_signal(signum)
             code = process.wait(timeout=60)
         if signum == signal.SIGKILL:
@@ -836,7 +913,7 @@ def test_filling_that_is_interrupted_again_and_again_goes_on_each_time(pair, tmp
             assert "the same command goes on" in output.read_text()
     ran = fill(tmp_path)
     assert ran.code == 0, ran.out + ran.err
-    assert files_of(tmp_path / "store") == files_of(pair[0].parent / "store")
+    assert files_of(tmp_path / "store") == undisturbed(tmp_path / "other", **four)
     runs = [r for r in mlflow_runs(tmp_path) if r.data.tags["ftd.kind"] == "fill"]
     assert Counter(r.info.status for r in runs) == {"KILLED": 2, "RUNNING": 1, "FINISHED": 1}
 
@@ -867,7 +944,7 @@ def test_two_clusters_fill_one_store_at_the_same_time(pair, tmp_path):
     with fills[0] as a, fills[1] as b:
 
         def both_over() -> bool:
-            for path in store.glob("*/expert-*/*[nt]"):
+            for path in store.glob("*/expert-*/manifest-*.json"):
                 there = path.stat()
                 known = written.setdefault(str(path), (there.st_ino, there.st_mtime_ns))
                 assert known == (there.st_ino, there.st_mtime_ns), f"{path} was written again"

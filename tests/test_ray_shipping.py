@@ -334,8 +334,10 @@ def test_node_that_has_the_data_and_leaves_is_said(cluster, far, images, caches)
     node = cluster.add_node(num_cpus=1)
     cluster.wait_for_nodes()
     shipment = ray.get(on(node.node_id, ray.remote(ship)).remote(images), timeout=BOUND)
+    (process,) = servers()
     cluster.remove_node(node, allow_graceful=False)
-    wait_until("the end of the server", lambda: not servers(), seconds=60)
+    process.kill()  # it would see by itself that its node is gone, in a while
+    process.wait(timeout=20)
     before = {p.name for p in (caches["far"] / "pixels").glob("*")}
     with pytest.raises(UserError, match="the data set did not arrive on this node"):
         ray.get(far[0].digest.remote(images, shipment), timeout=BOUND)
@@ -351,13 +353,19 @@ def test_sweep_runs_on_a_node_without_the_data(cluster, caches, tmp_path):
     root, output = tmp_path / "only-here", tmp_path / "stdout.txt"
     make_images(root, per_class=30, seed=5)
     dataset = {"name": "imagefolder", "root": str(root), "resolution": 8, "zca": True}
-    write_sweep(tmp_path, tiny(dataset=dataset, experts__rho=0.01, search__trials=2))
+    tree = tiny(dataset=dataset, experts__rho=0.01, distill__lr_lr=1e-9, search__trials=2)
+    write_sweep(tmp_path, tree)
     config = DatasetConfig(**dataset)
     before = set(files(caches["far"]))
     env = environment(FTD_CACHE=str(caches["here"]))
     args = ("sweep.yaml", "--address", cluster.address)
     with running_sweep(tmp_path, *args, env=env) as process:
-        wait_until("the first trial", lambda: "trial   0" in output.read_text(), seconds=120)
+
+        def begun() -> bool:
+            assert process.poll() is None, finished(tmp_path, 0)
+            return "trial   0" in output.read_text()
+
+        wait_until("the first trial", begun, seconds=120)
         gone(config)  # from now on nobody can open it
         code = process.wait(timeout=SWEEP_TIMEOUT)
     ran = finished(tmp_path, code)
