@@ -33,7 +33,7 @@ NODES = 4
 COUNT = 50
 EXPERTS = ExpertConfig(network="ConvNetD2W64", epochs=16, count=COUNT, batch_size=256, lr=0.02)
 DATA = DatasetConfig(name="digits", val_fraction=0.15)
-ROUNDS = 3
+ROUNDS = 2
 HOLLOW = 400
 """Experts without work, for the broker's own cost."""
 

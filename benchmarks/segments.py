@@ -6,7 +6,6 @@ step reads the two snapshots that it needs. Cold: the files are not in the page 
 
 import contextlib
 import importlib
-import io
 import os
 import random
 import shutil
@@ -22,7 +21,6 @@ from unittest import mock
 
 import numpy as np
 import psutil
-import pyarrow.fs as pafs
 import ray
 import torch
 
@@ -63,7 +61,6 @@ def run() -> dict[str, Any]:
         with s3_server() as (uri, proxied):
             fill(TrajectoryStore(uri).expert_set(who), network, COUNT)
             out["s3"] = read_s3(uri, who, proxied)
-            out["s3_pickle"] = read_s3_pickle(uri, pickled)
             with ray_here():
                 out["cache"] = {n: read_cache(u, who) for n, u in (("local", local), ("s3", uri))}
                 out["waiting"] = {
@@ -217,24 +214,6 @@ def _s3_times(uri: str, who: dict[str, Any], cold: bool) -> list[float]:
     return seconds
 
 
-def read_s3_pickle(uri: str, pickled: Path) -> dict[str, Any]:
-    filesystem, path = (
-        pafs.S3FileSystem(
-            endpoint_override=os.environ["AWS_ENDPOINT_URL"].removeprefix("http://"), scheme="http"
-        ),
-        uri.removeprefix("s3://"),
-    )
-    with filesystem.open_output_stream(f"{path}/buffer.pt") as stream:
-        stream.write(pickled.read_bytes())
-    seconds = []
-    for _ in range(3):
-        began = time.perf_counter()
-        with filesystem.open_input_stream(f"{path}/buffer.pt") as stream:
-            torch.load(io.BytesIO(stream.read()))
-        seconds.append(time.perf_counter() - began)
-    return {"seconds": seconds, "bytes": os.stat(pickled).st_size}
-
-
 # --- the node's cache -----------------------------------------------------------------------
 
 
@@ -353,17 +332,18 @@ def render(results: dict[str, Any]) -> list[str]:
         return spread([1000 * v / steps for v in values], "{:.1f} ms")
 
     rows = []
-    for place, ours, theirs in (
-        ("local, cold", results["local"]["cold"], results["pickle"]["cold"]),
-        ("local, warm", results["local"]["warm"], results["pickle"]["warm"]),
-        ("S3, cold (set opened anew)", results["s3"]["cold"], results["s3_pickle"]),
-        ("S3, warm (set open)", results["s3"]["warm"], results["s3_pickle"]),
-    ):
-        requests = f", {ours['requests']:.1f} requests" if "requests" in ours else ""
+    for name in ("cold", "warm"):
+        ours, theirs = results["local"][name], results["pickle"][name]
         ratio = statistics.median(theirs["seconds"]) / 10 / statistics.median(ours["seconds"])
         rows.append(
-            f"| {place} | {ms(ours['seconds'])}, {ours['bytes'] / 1e6:.1f} MB{requests} "
+            f"| local, {name} | {ms(ours['seconds'])}, {ours['bytes'] / 1e6:.1f} MB "
             f"| {ms(theirs['seconds'], 10)}, {theirs['bytes'] / 1e7:.0f} MB | x {ratio:.1f} |"
+        )
+    for name, what in (("cold", "set opened anew"), ("warm", "set open")):
+        ours = results["s3"][name]
+        rows.append(
+            f"| S3, {what} | {ms(ours['seconds'])}, {ours['bytes'] / 1e6:.1f} MB in "
+            f"{ours['requests']:.1f} requests | {pickle_mb / 10:.0f} MB | |"
         )
     c, w, m = results["cache"], results["waiting"], results["memory"]
     lines = [

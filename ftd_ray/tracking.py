@@ -71,7 +71,9 @@ class Tracker:
         self._sets: dict[str, str] = {}
         self._told: set[str] = set()
         self._fleet_told = 0.0
-        self._fleet_step = 0
+        self._fleet_seen = False
+        self._opened = 0.0
+        """When the parent run began, in seconds: the fleet's curves run over the time since."""
         self._monitor: SystemMetricsMonitor | None = None
 
     # --- the sweep --------------------------------------------------------------------------
@@ -106,6 +108,7 @@ class Tracker:
                 self._client.log_batch(self.parent_id, params=params[start : start + 100])
             for key, short in names.items():
                 self._client.set_tag(self.parent_id, f"ftd.search.{short}", str(fixed.get(key, "")))
+        self._opened = self._client.get_run(self.parent_id).info.start_time / 1000
         with contextlib.suppress(Exception):  # a nicety: psutil may be refused some counters
             self._monitor = SystemMetricsMonitor(
                 self.parent_id, resume_logging=True, tracking_uri=self.uri
@@ -228,13 +231,13 @@ class Tracker:
             if len(s.present) >= s.needed:
                 self._close_set(key, run_id, s)
         rate = sum((n.epochs_per_second for n in status.nodes.values()), 0.0)
-        if rate or self._fleet_step:
-            self._fleet_step += 1
+        if rate or self._fleet_seen:
+            self._fleet_seen = True
             values = {"fleet/epochs_per_second": rate}
             for name, node in status.nodes.items():
                 values[f"fleet/{name}/epochs_per_second"] = node.epochs_per_second
                 values[f"fleet/{name}/experts_running"] = node.running
-            self._metrics(self.parent_id, values, self._fleet_step)
+            self._metrics(self.parent_id, values, int(time.time() - self._opened))
 
     def _close_set(self, key: str, run_id: str, status: SetStatus) -> None:
         self._told.add(key)
