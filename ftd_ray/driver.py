@@ -60,6 +60,7 @@ class Sweep:
         self._names = short_names(config.space)
         self._warned = False
         self._halted = ""
+        self._remembered = (0, 0)
         self._sets = {s.key: s for s in plan.sets}
         self._experts = BrokerClient(config, plan.data)
         self._usage = Usage(
@@ -315,6 +316,9 @@ class Sweep:
         if self._experts.poll():
             self._usage.renew()
             self._progress.experts(self._experts.status)
+            if self._progress.expert_counts != self._remembered:  # a killed driver built them too
+                self._remembered = self._progress.expert_counts
+                self.study.remember("experts", self._expert_account())
             for note in self._experts.new_notes():
                 self._say(f"warning    {note}")
             with self._tracking():

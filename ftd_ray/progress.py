@@ -138,6 +138,11 @@ class Progress:
         if self._experts.update(status) and self._experts.counts()[1] and self._live is None:
             self.say(self._experts.text())
 
+    @property
+    def expert_counts(self) -> tuple[int, int]:
+        """Experts that are there, and that are needed."""
+        return self._experts.counts()
+
     # --- texts ------------------------------------------------------------------------------
 
     def _foot(self) -> RenderableType:

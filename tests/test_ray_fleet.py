@@ -395,6 +395,7 @@ class StandIn:
         from ftd_ray.experts.orders import GpuFull
 
         todo = pickle.loads(work)
+        Path(todo["folder"], f"begun-{index}-{time.time_ns()}").touch()
         if (share or 1) < todo.get("fits", 0):
             time.sleep(0.5)  # so that neighbours find out at the same time
             raise GpuFull("an expert needs more GPU memory than it was given.")
@@ -523,6 +524,7 @@ def test_expert_that_diverges_fails_the_orders_that_need_it_and_no_others(
     with pytest.raises(UserError, match="diverged"):
         ask(answers[0])
     assert ask(answers[1]) == [0, 1]
+    assert [len(list(tmp_path.glob(f"begun-{index}-*"))) for index in (0, 1)] == [1, 1]
     assert ask(handle.waiting.remote()) == []
     with pytest.raises(UserError, match="diverged"):
         ask(handle.ensure.remote(replace(order, asker="they", epochs=order.epochs + 1)))
