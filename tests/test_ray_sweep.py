@@ -16,6 +16,7 @@ import psutil
 import pytest
 import ray
 import yaml
+from fleet_helpers import files_of
 from PIL import Image
 from ray_helpers import (
     MIXED,
@@ -596,7 +597,7 @@ def assert_resumed_to_the_end(folder: Path, resumed: Ran) -> Done:
 def assert_as_if_undisturbed(done: Done, undisturbed: Done) -> None:
     ours, theirs = done.output / "best" / "synthetic.npz", undisturbed.output
     assert ours.read_bytes() == (theirs / "best" / "synthetic.npz").read_bytes()
-    assert files_below(done.folder / "store") == files_below(undisturbed.folder / "store")
+    assert files_of(done.folder / "store") == files_of(undisturbed.folder / "store")
     assert [(e.params, e.reports) for e in done.ended] == [
         (e.params, e.reports) for e in undisturbed.ended
     ]
@@ -788,13 +789,13 @@ def test_same_seed_twice_gives_the_same_experts_and_the_same_set_bit_for_bit(tmp
 def test_other_seed_reuses_the_experts_and_gives_another_set(tmp_path, undisturbed):
     store = undisturbed.folder / "store"
     write_sweep(tmp_path, SLOW | {"seed": 1, "store": {"uri": str(store)}})
-    before = files_below(store)
+    before = files_of(store)
     ran = run_sweep(tmp_path, "sweep.yaml")
     assert ran.code == 0, ran.out + ran.err
     summary = summary_of(tmp_path)
     assert summary["experts"]["built"] == 0
     assert summary["experts"]["reused"] >= 2
-    assert files_below(store) == before
+    assert files_of(store) == before
     ours = np.load(io.BytesIO((tmp_path / "runs/tiny/best/synthetic.npz").read_bytes()))["images"]
     theirs = np.load(undisturbed.output / "best" / "synthetic.npz")["images"]
     assert not np.array_equal(ours, theirs)
