@@ -12,7 +12,7 @@ import os
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import optuna
@@ -63,7 +63,13 @@ class Ended:
     reason: str | None
     """Why it failed."""
     reports: dict[int, float]
-    """Step -> validation accuracy."""
+    """Outer steps (over all repeats) -> validation accuracy."""
+    repeat: int = 0
+    """How many trials had the same point before."""
+    values: dict[str, float] = field(default_factory=dict)
+    """Objective -> value, of a complete trial: accuracy, gpu_seconds, cpu_seconds, ipc."""
+    seconds: float = 0.0
+    """That its worker worked."""
 
 
 class SweepStudy:

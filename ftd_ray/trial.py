@@ -78,9 +78,12 @@ class Report:
     """What a trial tells at every evaluation."""
 
     step: int
+    """Outer steps so far, over all repeats."""
     val_accuracy: float
-    """Mean over ``evaluate.search_networks`` fresh networks on validation images."""
+    """On validation images: mean over ``evaluate.search_networks`` fresh networks, and over the
+    finished repeats and this one."""
     val_std: float
+    """Over the fresh networks of this evaluation."""
     curve: tuple[StepRecord, ...]
     """Outer steps since the report before."""
     seconds: float
