@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ftd_ray.config import SEARCHED, SECTIONS
+from ftd_ray.presets import PRESETS
 
 TARGET = Path(__file__).with_name("configuration.md")
 
@@ -40,6 +41,51 @@ A value of `experts` or `distill` may be a dimension of the search instead of a 
 
 Dimensions of `experts` must be discrete, so that trials share expert sets: one set is trained for
 each distinct combination. Every point of the space is checked before anything starts.
+
+A dimension may exist only where others have certain values, and has its default elsewhere:
+
+    experts:
+      sharpness: {choice: [sam, gsam]}
+      gsam_alpha: {choice: [0.1, 0.4], when: {sharpness: gsam}}
+
+`when` maps keys of other dimensions (`experts.sharpness`, or `sharpness` within the same section)
+to a value or a list of values; all of them must hold.
+
+## Samplers, pruners and what they can do
+
+| sampler | learns | not with |
+|---|---|---|
+| `tpe` | yes, also from `warm_start` | |
+| `gp` | yes, also from `warm_start`; takes longer with every trial | conditions |
+| `cmaes` | yes, from complete trials | words, conditions, a single dimension, several objectives |
+| `nsga2` | yes, by generations of `population` trials | conditions, a single objective |
+| `qmc` | no; spreads its points evenly | words, conditions |
+| `random` | no | |
+| `grid` | no; every point once, shuffled | continuous dimensions, conditions, `start_from` |
+
+What is not possible is refused before anything starts: Optuna itself would go on with random draws.
+
+`asha`, `hyperband` and `median` compare trials by validation accuracy at the same outer step.
+`wilcoxon` compares fresh networks one by one with those of the best trial, which had the same
+seeds, and prunes between the distillations of a trial (`repeats`).
+
+**Repeats.** The trials of a sweep distil from the same seed and are evaluated by fresh networks of
+the same seeds, so that they differ by their configurations alone. With `repeats: 3` each trial
+distils three times, from three seeds that are the same in all trials, one after the other; outer
+steps count on, and a report is the mean over the repeats so far. The set of a trial is that of its
+best repeat. A point that is drawn again (`duplicates: repeat`) distils from seeds of its own and
+says so.
+
+**Points to begin with.** `start_from` takes presets and points. The presets are {presets}: FTD's
+Table 7, and for the ImageNet subsets its author's values. Where the sweep fixes a key otherwise
+than the preset, the plan says so.
+
+**Budgets.** When `max_hours` or `max_gpu_hours` is spent, no trial goes on: the best complete trial
+is evaluated, and the summary says `stopped_by`. Trials under way count as interrupted: with a
+larger budget, `--resume` goes on with them. Experts count once, in the sweep that had them built.
+
+**What may change on `--resume`:** the number of trials, the concurrency, budgets, finalists,
+resources (with the same threads and devices), and where things are. Anything else is refused.
 """
 
 TAIL = """\
@@ -71,7 +117,8 @@ def field_docs(cls: type) -> dict[str, str]:
 
 
 def render() -> str:
-    parts = [HEAD]
+    names = ", ".join(f"`{name}`" for name in PRESETS)
+    parts = [HEAD.replace("{presets}", names)]
     for section, cls in SECTIONS.items():
         docs, hints = field_docs(cls), typing.get_type_hints(cls)
         note = " Values may be search dimensions." if section in SEARCHED else ""
@@ -94,6 +141,8 @@ def _default(value: Any) -> str:
         return "(required)"
     if value is None:
         return "`null`"
+    if isinstance(value, tuple):
+        return f"`[{', '.join(value)}]`"
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 

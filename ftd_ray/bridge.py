@@ -10,7 +10,7 @@ import pickle
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from ray.tune import Callback
+from ray.tune import Callback, Stopper
 from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
@@ -93,7 +93,7 @@ class StudyScheduler(DriverOnly, FIFOScheduler):
             self._reasons[number] = result["failure"]
             return TrialScheduler.CONTINUE  # the trial raises at its next step
         report: Report = pickle.loads(result.pop("report"))
-        prune = self._study.report(number, report.step, report.val_accuracy)
+        prune = self._report(number, report)
         self._listener.trial_reported(number, report)
         if prune and not report.done:
             self._listener.trial_ended(self._study.prune(number))
@@ -106,10 +106,19 @@ class StudyScheduler(DriverOnly, FIFOScheduler):
         number = _number(trial)
         if "report" in result:  # the last one comes here instead of to on_trial_result
             report: Report = pickle.loads(result.pop("report"))
-            self._study.report(number, report.step, report.val_accuracy)
+            self._report(number, report)
             self._listener.trial_reported(number, report)
         if self._study.is_live(number):
             self._listener.trial_ended(self._study.complete(number))
+
+    def _report(self, number: int, report: Report) -> bool:
+        return self._study.report(
+            number,
+            report.step,
+            report.val_accuracy,
+            seconds=report.seconds,
+            networks=report.networks,
+        )
 
     def on_trial_error(self, tune_controller: Any, trial: TuneTrial) -> None:
         self._fail(trial)
@@ -122,6 +131,19 @@ class StudyScheduler(DriverOnly, FIFOScheduler):
         if self._study.is_live(number):
             reason = self._reasons.get(number) or _last_line(trial)
             self._listener.trial_ended(self._study.fail(number, reason))
+
+
+class Halt(DriverOnly, Stopper):
+    """Ends the search when it is told to; trials under way stay unfinished in the study."""
+
+    def __init__(self, over: Callable[[], bool]):
+        self._over = over
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return self._over()
 
 
 class Ticker(DriverOnly, Callback):

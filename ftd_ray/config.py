@@ -11,10 +11,8 @@ import re
 import typing
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import cache
-from itertools import product
-from math import prod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
@@ -24,8 +22,25 @@ from ftd.data.dataset import Description
 from ftd.distill import DistillConfig
 from ftd.errors import UserError
 from ftd.evaluate import EvaluateConfig
-from ftd.expert import ExpertConfig, Numerics, identity, network_for
-from ftd_ray.space import Dimension, is_dimension, parse_dimension
+from ftd.expert import ExpertConfig, identity, network_for
+from ftd_ray.presets import preset
+from ftd_ray.rules import check
+from ftd_ray.sections import (
+    OutputConfig,
+    ResourcesConfig,
+    SearchConfig,
+    StoreConfig,
+    TrackingConfig,
+)
+from ftd_ray.space import (
+    Dimension,
+    in_order,
+    is_dimension,
+    is_same,
+    parse_dimension,
+    points,
+    with_parents,
+)
 from ftd_ray.storage import is_local
 
 MAX_POINTS = 20_000
@@ -46,108 +61,6 @@ RULED_TOGETHER = (
 """Keys that a rule reads together; every other key is ruled by its own values alone."""
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SearchConfig:
-    """How the space is searched."""
-
-    trials: int
-    """Trials in all; a failed one counts."""
-    concurrency: int = 2
-    """Trials at a time."""
-    sampler: Literal["tpe", "random", "grid", "qmc"] = "tpe"
-    pruner: Literal["asha", "hyperband", "median", "none"] = "asha"
-    """Asked at every report, on validation accuracy against outer steps."""
-    grace: int | None = None
-    """Outer steps before a trial may be pruned; None for the first report (evaluate.every)."""
-    reduction_factor: int | None = None
-    """asha and hyperband keep one trial in so many at each rung; None for 3."""
-
-    def __post_init__(self) -> None:
-        for key, least in (("trials", 1), ("concurrency", 1), ("reduction_factor", 2)):
-            value = getattr(self, key)
-            if value is not None and value < least:
-                raise UserError(f"search.{key}={value} must be at least {least}.")
-        if self.reduction_factor is not None and self.pruner not in ("asha", "hyperband"):
-            raise UserError(
-                f"search.reduction_factor={self.reduction_factor} has no effect with "
-                f"search.pruner={self.pruner}. Leave it out, or take asha or hyperband."
-            )
-        if self.grace is not None and self.grace < 1:
-            raise UserError(f"search.grace={self.grace} must be at least 1 outer step.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ResourcesConfig:
-    """What one worker takes. GPUs may be fractions: two workers of 0.5 share one."""
-
-    cpus_per_expert: float = 1
-    """Also its threads, when it trains on CPUs: part of what an expert set is."""
-    gpus_per_expert: float | Literal["auto"] = 0
-    """Above 0, experts train on a GPU. auto: as many share one as its memory holds, measured."""
-    cpus_per_trial: float = 1
-    """Also its threads, when it works on CPUs."""
-    gpus_per_trial: float = 0
-    """Above 0, trials work on a GPU."""
-
-    def __post_init__(self) -> None:
-        for key in ("cpus_per_expert", "cpus_per_trial"):
-            if not 0 < getattr(self, key) < float("inf"):
-                raise UserError(f"resources.{key}={getattr(self, key)} must be above 0.")
-        for key in ("gpus_per_expert", "gpus_per_trial"):
-            value = getattr(self, key)
-            if value != "auto" and not 0 <= value <= 1:
-                raise UserError(
-                    f"resources.{key}={value} must lie from 0 to 1: a worker uses one GPU or a "
-                    "share of it."
-                )
-
-    @property
-    def expert_gpus(self) -> float | None:
-        """GPUs of an expert; None for a share that the fleet measures."""
-        return None if self.gpus_per_expert == "auto" else float(self.gpus_per_expert)
-
-    @property
-    def expert_numerics(self) -> Numerics:
-        return _numerics(self.cpus_per_expert, 1 if self.expert_gpus is None else self.expert_gpus)
-
-    @property
-    def trial_numerics(self) -> Numerics:
-        return _numerics(self.cpus_per_trial, self.gpus_per_trial)
-
-
-@dataclass(frozen=True, kw_only=True)
-class StoreConfig:
-    """Where expert sets are kept, to be shared by all sweeps."""
-
-    uri: str = "./store"
-    precision: Literal["float32", "float16", "bfloat16"] = "float32"
-    """Of the snapshots on disk: half the bytes for slightly other segments, so another expert set.
-    Training always goes on in float32."""
-    cache_mb: int = 1024
-    """Segments that a node keeps in memory for its trials, at most half of Ray's object store."""
-
-    def __post_init__(self) -> None:
-        if self.cache_mb < 1:
-            raise UserError(f"store.cache_mb={self.cache_mb} must be at least 1.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrackingConfig:
-    """Where MLflow keeps runs."""
-
-    uri: str = "sqlite:///mlflow.db"
-    experiment: str | None = None
-    """None for the name of the sweep."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class OutputConfig:
-    """Where the sweep's own folder lies."""
-
-    dir: str | None = None
-    """None for runs/<name>."""
 
 
 SECTIONS: dict[str, type] = {
@@ -171,6 +84,17 @@ class Point:
 
     experts: ExpertConfig
     distill: DistillConfig
+
+
+@dataclass(frozen=True)
+class StartPoint:
+    """A point to try first."""
+
+    label: str
+    params: dict[str, Any]
+    """Of the dimensions that it names; the others are sampled."""
+    others: dict[str, tuple[Any, Any]]
+    """Keys that the sweep fixes otherwise than the preset: (here, in the preset)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,39 +142,108 @@ class SweepConfig:
         Keys that are ruled together in every combination, with the other keys at their first
         value; then every value of each key by itself. Continuous dimensions by their two ends.
         """
-        first = {d.key: d.extremes()[0] for d in self.space}
+        first = self.first_point()
         yield first
         for group in RULED_TOGETHER:
-            dims = [d for d in self.space if d.key in group]
-            if prod(len(d.extremes()) for d in dims) > MAX_POINTS:
-                keys = ", ".join(d.key for d in dims)
-                raise UserError(
-                    f"the dimensions {keys} have over {MAX_POINTS} combinations, which are checked "
-                    "one by one. Give them fewer values."
-                )
-            for combination in product(*(d.extremes() for d in dims)):
-                yield first | dict(zip((d.key for d in dims), combination, strict=True))
+            dims = with_parents((d for d in self.space if d.key in group), self.space)
+            for number, combination in enumerate(points(dims)):
+                if number == MAX_POINTS:
+                    keys = ", ".join(d.key for d in dims)
+                    raise UserError(
+                        f"the dimensions {keys} have over {MAX_POINTS} combinations, which are "
+                        "checked one by one. Give them fewer values."
+                    )
+                yield self._completed(combination, dims)
         for d in self.space:
-            for value in d.extremes():
-                yield first | {d.key: value}
+            dims = with_parents([d], self.space)
+            for combination in points(dims):
+                if d.key in combination:
+                    yield self._completed(combination, dims)
+
+    def first_point(self) -> dict[str, Any]:
+        """Every dimension that exists there at its first value."""
+        return self._completed({}, ())
+
+    def _completed(
+        self, params: dict[str, Any], dims: typing.Collection[Dimension]
+    ) -> dict[str, Any]:
+        """``params``, which say all about ``dims``, with the other dimensions at first values."""
+        done: dict[str, Any] = {}
+        for d in self.space:
+            if d.key in params:
+                done[d.key] = params[d.key]
+            elif d not in dims and d.active(done):
+                done[d.key] = d.extremes()[0]
+        return done
 
     def values_of(self, key: str) -> tuple[Any, ...]:
         """The values that a key of ``experts`` or ``distill`` takes in this sweep."""
+        section, _, name = key.partition(".")
+        default = next(f.default for f in fields(SECTIONS[section]) if f.name == name)
         for d in self.space:
             if d.key == key:
-                return d.extremes()
-        section, _, name = key.partition(".")
+                return d.extremes() + ((default,) if d.when else ())
         return (getattr(getattr(self, section), name),)
 
     def expert_points(self) -> list[tuple[dict[str, Any], ExpertConfig]]:
         """The distinct combinations of the ``experts`` dimensions with their configurations."""
-        dims = [d for d in self.space if d.key.startswith("experts.")]
         found = []
-        for combination in product(*(d.values for d in dims)):
-            params = dict(zip((d.key for d in dims), combination, strict=True))
+        for params in points([d for d in self.space if d.key.startswith("experts.")]):
             experts = {k.partition(".")[2]: v for k, v in params.items()}
             found.append((params, _build("experts", self._literals("experts") | experts)))
         return found
+
+    def start_points(self) -> list[StartPoint]:
+        """The points to try first. Raises UserError for what is no point of the space."""
+        found: list[StartPoint] = []
+        for i, entry in enumerate(self.search.start_from):
+            point = self._start_point(f"search.start_from[{i}]", entry)
+            same = next((p for p in found if p.params == point.params), None)
+            if same is not None:
+                raise UserError(
+                    f"search.start_from[{i}]={point.label} is the same point as {same.label}. Name "
+                    "it once."
+                )
+            found.append(point)
+        return found
+
+    def _start_point(self, where: str, entry: str | dict[str, Any]) -> StartPoint:
+        wanted = preset(entry) if isinstance(entry, str) else entry
+        label = entry if isinstance(entry, str) else "{" + ", ".join(
+            f"{k}: {v}" for k, v in entry.items()
+        ) + "}"  # fmt: skip
+        known = {d.key: d for d in self.space}
+        if isinstance(entry, dict):
+            for key in entry:
+                if key not in known:
+                    near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+                    hint = f"Did you mean {near[0]}?" if near else f"It has {', '.join(known)}."
+                    raise UserError(f"{where}: {key} is no dimension of the search. {hint}")
+        params: dict[str, Any] = {}
+        for d in self.space:
+            if d.key not in wanted:
+                continue
+            if not d.active(params):
+                if isinstance(entry, dict):
+                    raise UserError(
+                        f"{where}: {d.key} does not exist at that point ({d.key} is {d}). Leave it "
+                        "out, or name what it depends on."
+                    )
+                continue
+            value = d.member(wanted[d.key])
+            if value is None:
+                raise UserError(
+                    f"{where}={label}: {d.key}={wanted[d.key]!r} is not in the search ({d}). Add "
+                    "it to the dimension, or leave the point out."
+                )
+            params[d.key] = value
+        at = self.at(self._completed(params, ()))
+        others = {}
+        for key, value in wanted.items():
+            section, _, name = key.partition(".")
+            if key not in params and not is_same(value, getattr(getattr(at, section), name)):
+                others[key] = (getattr(getattr(at, section), name), value)
+        return StartPoint(label, params, others)
 
     def identity(self, experts: ExpertConfig, data: Description) -> dict[str, Any]:
         """The identity of the expert set of ``experts`` in this sweep."""
@@ -273,7 +266,10 @@ class SweepConfig:
         """The whole configuration as plain values, defaults filled in, dimensions as written."""
         out: dict[str, Any] = {"name": self.name, "seed": self.seed}
         for section in SECTIONS:
-            values = asdict(getattr(self, section))
+            values = {
+                k: list(v) if isinstance(v, tuple) else v
+                for k, v in asdict(getattr(self, section)).items()
+            }
             if section in SEARCHED:
                 searched = {k: v for k, v in self.written[section].items() if is_dimension(v)}
                 if section == "experts" and "rho" not in self.written[section]:
@@ -319,13 +315,16 @@ def parse_config(tree: dict[str, Any]) -> SweepConfig:
     if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
         raise UserError(f"seed={seed!r} must be a whole number of 0 or more.")
     written = {s: dict(tree.get(s) or {}) for s in SECTIONS}
-    space = tuple(
+    space = in_order(
         parse_dimension(f"{section}.{key}", written[section][key])
         for section in SEARCHED
         for key in (f.name for f in fields(SECTIONS[section]))  # not the file's order
         if is_dimension(written[section].get(key))
     )
+    searched = {d.key for d in space}
     for d in space:
+        if d.when:
+            _check_condition(d)
         if d.key.startswith("experts.") and not d.discrete:
             raise UserError(
                 f"{d.key}: dimensions of experts must be discrete, so that expert sets are "
@@ -333,58 +332,41 @@ def parse_config(tree: dict[str, Any]) -> SweepConfig:
             )
         if len(d.extremes()) == 1:
             raise UserError(f"{d.key}: a dimension of one value. Write {d.values[0]} itself.")
-    first = {d.key: d.extremes()[0] for d in space}
+    if isinstance(many := written["search"].get("objectives"), list) and len(many) > 1:
+        written["search"].setdefault("pruner", "none")
+    first: dict[str, Any] = {}
+    for d in space:
+        if d.active(first):
+            first[d.key] = d.extremes()[0]
     built = {}
     for section in SECTIONS:
-        values = dict(written[section])
+        values = {k: v for k, v in written[section].items() if f"{section}.{k}" not in searched}
         values |= {k.partition(".")[2]: v for k, v in first.items() if k.startswith(f"{section}.")}
         built[section] = _build(section, values)
     config = SweepConfig(name=name, seed=seed, **built, space=space, written=written)
     config = _absolute(config)
-    _check_points(config)
+    check(config)
     return config
 
 
-def _check_points(config: SweepConfig) -> None:
-    for params in config.telling_points():
-        point = config.at(params)
-        point.distill.check(epochs=point.experts.epochs, per_class=(10**9,))
-    search, evaluate = config.search, config.evaluate
-    iterations = min(config.values_of("distill.iterations"))
-    if evaluate.every > iterations:
+def _check_condition(d: Dimension) -> None:
+    section, _, name = d.key.partition(".")
+    if next(f.default for f in fields(SECTIONS[section]) if f.name == name) is MISSING:
+        raise UserError(f"{d.key}: has no default, so it cannot exist only when. Leave when out.")
+    if section == "experts" and any(not key.startswith("experts.") for key, _ in d.when):
         raise UserError(
-            f"evaluate.every={evaluate.every} is above distill.iterations={iterations}, so a trial "
-            "would never report. Lower it."
-        )
-    if search.grace is not None and search.pruner == "none":
-        raise UserError(
-            f"search.grace={search.grace} has no effect with search.pruner=none. Leave it out."
-        )
-    if search.grace is not None and search.grace >= iterations:
-        raise UserError(
-            f"search.grace={search.grace} is not below distill.iterations={iterations}, so nothing "
-            "would ever be pruned. Lower it, or take search.pruner=none."
-        )
-    if search.sampler == "grid" and not all(d.discrete for d in config.space):
-        loose = next(d.key for d in config.space if not d.discrete)
-        raise UserError(
-            f"search.sampler=grid needs discrete dimensions, and {loose} is continuous. "
-            "Give it levels: n, or take another sampler."
-        )
-    if search.sampler == "qmc" and not all(d.ordered for d in config.space):
-        loose = next(d.key for d in config.space if not d.ordered)
-        raise UserError(
-            f"search.sampler=qmc needs ordered dimensions (it would sample {loose} at random). "
-            "Take tpe, random or grid."
+            f"{d.key}: when may name dimensions of experts only, so that expert sets are shared."
         )
 
 
 def _build(section: str, values: dict[str, Any]) -> Any:
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     try:
         checked = _model(section).model_validate(values)
     except ValidationError as error:
         first, *others = error.errors()
         path = ".".join([section, *(str(p) for p in first["loc"][:1])])
+        path += "".join(f"[{p}]" for p in first["loc"][1:2] if isinstance(p, int))
         rules = [e["msg"] for e in (first, *others) if e["loc"][:1] == first["loc"][:1]]
         rule = " or ".join(re.sub(r"^Input should be ", "", r) for r in rules)
         must = "must be " if rule != rules[0] else ""
@@ -496,9 +478,11 @@ def _absolute(config: SweepConfig) -> SweepConfig:
             return uri
         return os.path.abspath(os.path.expanduser(uri.removeprefix("file://")))
 
-    root = config.dataset.root
+    root, earlier = config.dataset.root, config.search.warm_start
+    warm_start = None if earlier is None else place(earlier)
     return replace(
         config,
+        search=replace(config.search, warm_start=warm_start),
         dataset=replace(config.dataset, root=None if root is None else place(root)),
         store=replace(config.store, uri=place(config.store.uri)),
         output=OutputConfig(dir=place(config.output.dir or f"runs/{config.name}")),
@@ -516,7 +500,3 @@ def _tracking_uri(uri: str) -> str:
         f"tracking.uri={uri!r} is not a place for MLflow. Give sqlite:///FILE, a database URI, or "
         "the http(s):// address of a tracking server."
     )
-
-
-def _numerics(cpus: float, gpus: float) -> Numerics:
-    return Numerics.on("cuda" if gpus else "cpu", max(1, int(cpus)))

@@ -9,7 +9,6 @@ import signal
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -19,13 +18,12 @@ from ray import tune
 from rich.console import Console
 
 from ftd.errors import UserError
-from ftd.evaluate import Score
 from ftd.expert import set_key
-from ftd.synthetic import SyntheticSet
-from ftd_ray.bridge import StudyScheduler, StudySearcher, Ticker
+from ftd_ray.bridge import Halt, StudyScheduler, StudySearcher, Ticker
 from ftd_ray.cluster import check_cluster, start_ray
 from ftd_ray.config import SweepConfig
 from ftd_ray.experts.client import BrokerClient
+from ftd_ray.final import FinalEvaluation
 from ftd_ray.pictures import short_names, study_pictures
 from ftd_ray.plan import Plan
 from ftd_ray.progress import Progress
@@ -36,10 +34,15 @@ from ftd_ray.storage import PlaceError, join, read_bytes, write_bytes
 from ftd_ray.store import TrajectoryStore
 from ftd_ray.store.usage import Usage
 from ftd_ray.tracking import Tracker, tolerant
-from ftd_ray.trial import FinalSpec, Report, TrialSpec, forget_checkpoint
-from ftd_ray.workers import LIGHT_BYTES, SweepTrial, TrialOrder, evaluate_finally
+from ftd_ray.trial import (
+    Report,
+    TrialSpec,
+    forget_checkpoint,
+)
+from ftd_ray.workers import LIGHT_BYTES, SweepTrial, TrialOrder, start_pool
 
-BASELINE_LR = 0.01
+STOPPED_BY = {"hours": "wall time", "gpu_hours": "GPU hours"}
+"""Budgets, as a summary calls what ended a search before its last trial."""
 
 
 class Sweep:
@@ -60,7 +63,12 @@ class Sweep:
         self._names = short_names(config.space)
         self._warned = False
         self._halted = ""
-        self._remembered = (0, 0)
+        self._stopped_by: str | None = None
+        self._account_told: dict[str, Any] = {}
+        self._search_over: float | None = None
+        self._best: dict[str, bytes] = {}
+        """Files of the best set, by name."""
+        self._pool: Any = None
         self._sets = {s.key: s for s in plan.sets}
         self._experts = BrokerClient(config, plan.data)
         self._usage = Usage(
@@ -124,7 +132,13 @@ class Sweep:
             search=config.search,
             seed=config.seed,
             every=config.evaluate.every,
-            iterations=max(config.values_of("distill.iterations")),
+            steps=max(config.values_of("distill.iterations")) * config.search.repeats,
+            start=config.start_points(),
+            earlier=self.plan.earlier.trials if self.plan.earlier else (),
+            shares={
+                "gpu_seconds": config.resources.gpus_per_trial,
+                "cpu_seconds": config.resources.cpus_per_trial,
+            },
         )
         data = self.study.recall("data")
         if data not in (None, self.plan.data.fingerprint):
@@ -135,6 +149,8 @@ class Sweep:
         self.study.remember("data", self.plan.data.fingerprint)
         self._usage.renew()
         self._seconds_before = float(self.study.recall("seconds") or 0.0)
+        self._search_before = float(self.study.recall("search_seconds") or 0.0)
+        self._search_began = time.monotonic()
         self._experts_before = self.study.recall("experts") or {}
         ended = self.study.ended()
         if ended:
@@ -150,8 +166,11 @@ class Sweep:
     def _search(self) -> None:
         config = self.config
         left = config.search.trials - len(self.study.ended())
-        if left <= 0:
+        self._watch_budget()
+        if left <= 0 or self._stopped_by:
             return
+        r = config.resources
+        self._pool = start_pool(r.cpus_per_trial, r.gpus_per_trial)
         scratch = tempfile.mkdtemp(prefix="ftd-tune-")
         try:
             tune.Tuner(
@@ -163,88 +182,54 @@ class Sweep:
                     scheduler=StudyScheduler(self.study, self),
                     num_samples=left,
                     max_concurrent_trials=config.search.concurrency,
-                    reuse_actors=False,
+                    reuse_actors=True,
                 ),
                 run_config=tune.RunConfig(
                     name="trials",
                     storage_path=scratch,
                     verbose=0,
                     callbacks=[Ticker(self._tick)],
+                    stop=Halt(lambda: self._stopped_by is not None),
                 ),
             ).fit()
             self._experts.look()
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
+        if self._stopped_by:
+            self._say(
+                f"budget     {self._budget_text()} is spent; the sweep ends with what is done"
+            )
 
     def _conclude(self) -> dict[str, Any]:
-        """Evaluates the winner and the baseline, writes the results, closes MLflow's runs."""
-        best = self.study.best()
-        if best is None:
+        """Evaluates the winner and the baselines, writes the results, closes MLflow's runs."""
+        self._search_over = self._search_seconds()
+        config = self.config
+        finalists = self.study.best(config.search.finalists)
+        if not finalists:
             summary = self._summary("failed")
         else:
-            summary = self._summary("done") | self._evaluate(best)
+            final = FinalEvaluation(
+                config, self.plan.data, self._experts.shipment, self._say, self._signals.check
+            )
+            results, self._best = final.run([(t, self._set_of(t)) for t in finalists])
+            for name, content in self._best.items():
+                write_bytes(join(config.output_dir, "best", name), content)
+            summary = self._summary("done") | results
             summary["seconds"] = self._seconds()
         self._publish(summary)
         with self._tracking():
-            self.tracker.finish("FINISHED" if best is not None else "FAILED")
+            self.tracker.finish("FINISHED" if finalists else "FAILED")
         self._write_summary(summary)  # last: with it the sweep is over
         return summary
 
-    def _evaluate(self, best: Ended) -> dict[str, Any]:
-        config, n = self.config, self.config.evaluate.networks
-        data = read_bytes(join(self._trial_folder(best.number), "synthetic.npz"))
+    def _set_of(self, trial: Ended) -> bytes:
+        data = read_bytes(join(self._trial_folder(trial.number), "synthetic.npz"))
         if data is None:
             raise UserError(
-                f"the set of trial {best.number} is gone from {self._trial_folder(best.number)}. "
-                "Restore the sweep's folder."
+                f"the set of trial {trial.number} is gone from "
+                f"{self._trial_folder(trial.number)}. Restore the sweep's folder."
             )
-        synthetic = SyntheticSet.load(io.BytesIO(data))
-        self._say(
-            f"final      trial {best.number} and random real images, {n} fresh networks each, "
-            f"{config.evaluate.epochs} epochs"
-        )
-        spec = partial(
-            FinalSpec,
-            dataset=config.dataset,
-            sender=self._experts.shipment,
-            numerics=config.resources.trial_numerics,
-            seed=config.seed,
-            synthetic=data,
-        )
-        rates = sorted({BASELINE_LR, synthetic.syn_lr})
-        r = config.resources
-        results = evaluate_finally(
-            [spec(), *(spec(baseline_lr=lr) for lr in rates)],
-            n,
-            cpus=r.cpus_per_trial,
-            gpus=r.gpus_per_trial,
-            at_once=config.search.concurrency,
-            tick=self._signals.check,
-        )
-        scores = [tuple(Score(tuple(s[i] for s in one)) for i in (0, 1)) for one in results]
-        (val, test), *baselines = scores
-        chosen = max(range(len(rates)), key=lambda i: baselines[i][0].mean)
-        synthetic.provenance["scores"] = {
-            "validation": val.to_json(),
-            "test": test.to_json(),
-            "random_real_test": baselines[chosen][1].to_json(),
-        }
-        files = self._best_files(synthetic)
-        for name, content in files.items():
-            write_bytes(join(config.output_dir, "best", name), content)
-        return {
-            "best": {
-                "trial": best.number,
-                "params": best.params,
-                "val_accuracy": best.value,
-                "val_accuracy_full": val.to_json(),
-                "test_accuracy": test.to_json(),
-                "artifact": join(config.output_dir, "best", "synthetic.npz"),
-            },
-            "baseline": {
-                "random_real": baselines[chosen][1].to_json() | {"lr": rates[chosen]},
-            },
-        }
+        return data
 
     # --- what the search tells (ftd_ray.bridge.Listener) ------------------------------------
 
@@ -264,10 +249,10 @@ class Sweep:
             self.tracker.trial_reported(number, report)
 
     def trial_ended(self, ended: Ended) -> None:
+        self._pool.give_back.remote(ended.number, clean=ended.state != "failed")
         self._progress.trial_ended(ended)
         forget_checkpoint(self._trial_folder(ended.number))
-        self.study.remember("experts", self._expert_account())
-        self.study.remember("seconds", self._seconds())
+        self._remember()
         with self._tracking():
             self.tracker.trial_ended(ended)
 
@@ -287,6 +272,7 @@ class Sweep:
             number=suggestion.number,
             seed=config.seed,
             repeat=suggestion.repeat,
+            repeats=config.search.repeats,
             dataset=config.dataset,
             sender=self._experts.shipment,
             network=point.experts.network,
@@ -304,8 +290,7 @@ class Sweep:
             spec=pickle.dumps(spec),
             experts=self._experts.order(point.experts, urgent=True),
             broker=self._experts.broker,
-            cpus=r.cpus_per_trial,
-            gpus=r.gpus_per_trial,
+            pool=self._pool,
         )
 
     def _tick(self) -> None:
@@ -316,9 +301,8 @@ class Sweep:
         if self._experts.poll():
             self._usage.renew()
             self._progress.experts(self._experts.status)
-            if self._progress.expert_counts != self._remembered:  # a killed driver built them too
-                self._remembered = self._progress.expert_counts
-                self.study.remember("experts", self._expert_account())
+            self._remember_experts()  # a killed driver built them too
+            self._watch_budget()
             for note in self._experts.new_notes():
                 self._say(f"warning    {note}")
             with self._tracking():
@@ -331,18 +315,73 @@ class Sweep:
         built |= set(before.get("built", []))
         there = {f"{key}/{i}" for key, s in sets.items() for i in s.present}
         reused = (there | set(before.get("reused", []))) - built
-        seconds = sum(sum(s.built.values()) for s in sets.values()) + before.get("seconds", 0.0)
-        return {"built": sorted(built), "reused": sorted(reused), "seconds": seconds}
+        spent = [(sum(s.built.values()), s.gpus) for s in sets.values()]
+        return {
+            "built": sorted(built),
+            "reused": sorted(reused),
+            "seconds": sum(t for t, _ in spent) + before.get("seconds", 0.0),
+            "gpu_seconds": sum(t * gpus for t, gpus in spent) + before.get("gpu_seconds", 0.0),
+        }
+
+    def _remember_experts(self) -> dict[str, Any]:
+        """Keeps the account of experts with the study, when it has changed."""
+        account = self._expert_account()
+        if account != self._account_told:
+            self._account_told = account
+            self.study.remember("experts", account)
+        return account
+
+    def _remember(self) -> dict[str, Any]:
+        self.study.remember("seconds", self._seconds())
+        self.study.remember("search_seconds", self._search_seconds())
+        return self._remember_experts()
+
+    # --- the budget -------------------------------------------------------------------------
+
+    def _used(self) -> dict[str, float]:
+        """Hours and GPU hours of the search so far, over all its sessions."""
+        trials = self.study.trial_seconds() * self.config.resources.gpus_per_trial
+        gpu_seconds = trials + self._expert_account()["gpu_seconds"]
+        return {"hours": self._search_seconds() / 3600, "gpu_hours": gpu_seconds / 3600}
+
+    def _watch_budget(self) -> None:
+        """When it is spent, Tune is told to stop, and whatever still works is ended."""
+        search, used = self.config.search, self._used()
+        limits = {"hours": search.max_hours, "gpu_hours": search.max_gpu_hours}
+        spent = next((k for k, v in limits.items() if v is not None and used[k] >= v), None)
+        if spent is None or self._stopped_by:
+            return
+        self._stopped_by = STOPPED_BY[spent]
+        self._experts.end()
+        if self._pool is not None:
+            ray.kill(self._pool)
+
+    def _budget_text(self) -> str:
+        search = self.config.search
+        if self._stopped_by == STOPPED_BY["hours"]:
+            return f"search.max_hours={search.max_hours:g}"
+        return f"search.max_gpu_hours={search.max_gpu_hours:g}"
+
+    def _search_seconds(self) -> float:
+        """Wall time of the search over all sessions, without final evaluations."""
+        if self._search_over is not None:
+            return self._search_over
+        return round(self._search_before + time.monotonic() - self._search_began, 1)
+
+    # --- results ----------------------------------------------------------------------------
 
     def _summary(self, state: str) -> dict[str, Any]:
         config = self.config
         ended = self.study.ended()
-        experts = self._expert_account()
-        self.study.remember("experts", experts)
-        self.study.remember("seconds", self._seconds())
+        experts = self._remember()
+        several = len(config.search.objectives) > 1
+        front = [
+            {"trial": t.number, "params": t.params, "values": t.values} for t in self.study.front()
+        ]
         return {
             "name": config.name,
             "state": state,
+            "stopped_by": self._stopped_by or "trials",
             "seconds": self._seconds(),
             "best": None,
             "baseline": None,
@@ -355,6 +394,10 @@ class Sweep:
                 "seconds": experts["seconds"],
                 "bytes": self._bytes_of(experts["built"]),
             },
+            "interrupted": self.study.interrupted(),
+            "objectives": list(config.search.objectives),
+            **({"front": front} if several else {}),
+            "budget": self._used(),
             "mlflow": {
                 "tracking_uri": config.tracking.uri,
                 "experiment": config.experiment,
@@ -392,15 +435,8 @@ class Sweep:
             self.tracker.fleet(self._experts.status, last=True)
             for name, figure in pictures.items():
                 self.tracker.log_figure(figure, f"{name}.png")
-            if summary["best"]:
-                best = join(self.config.output_dir, "best")
-                names = ("synthetic.npz", "synthetic.png")
-                found = {n: read_bytes(join(best, n)) for n in names}
-                self.tracker.log_files({n: c for n, c in found.items() if c is not None}, "best")
+            self.tracker.log_files(self._best, "best")
             self.tracker.log_summary(summary)
-
-    def _best_files(self, synthetic: SyntheticSet) -> dict[str, bytes]:
-        return {"synthetic.npz": synthetic.to_bytes(), "synthetic.png": synthetic.png()}
 
     def _interrupted(self) -> None:
         with contextlib.suppress(Exception):

@@ -16,15 +16,16 @@ from ftd_ray.results import result_text
 from ftd_ray.storage import is_local, join, read_bytes
 
 CHANGEABLE = (
-    "search.trials", "search.concurrency", "resources", "tracking", "output",
+    "search.trials", "search.concurrency", "search.max_hours", "search.max_gpu_hours",
+    "search.finalists", "resources", "tracking", "output",
     "store.uri", "store.cache_mb", "dataset.root", "dataset.download",
 )  # fmt: skip
 """What a resumed sweep may have otherwise than the saved one."""
 
 
-def saved_sweep(config: SweepConfig) -> dict[str, Any] | None:
-    """The configuration of the sweep that the folder holds, if it holds one."""
-    place = join(config.output_dir, "sweep.yaml")
+def saved_sweep(folder: str) -> dict[str, Any] | None:
+    """The configuration of the sweep that a folder holds, if it holds one."""
+    place = join(folder, "sweep.yaml")
     text = read_bytes(place)
     if text is None:
         return None
@@ -38,7 +39,7 @@ def saved_sweep(config: SweepConfig) -> dict[str, Any] | None:
 
 
 def finished_summary(config: SweepConfig) -> dict[str, Any] | None:
-    """The summary of a finished sweep of as many trials as are asked for.
+    """The summary of a sweep that is over: all trials are done, or its budget is spent.
 
     A summary that cannot be read is none: the study knows all that it said.
     """
@@ -48,7 +49,7 @@ def finished_summary(config: SweepConfig) -> dict[str, Any] | None:
         trials, state = summary["trials"], summary["state"]
         nothing_usable = state == "failed" and not trials["complete"]
         over = (state == "done" or nothing_usable) and (
-            sum(trials.values()) >= config.search.trials
+            sum(trials.values()) >= config.search.trials or _is_spent(summary, config)
         )
         result_text(summary, config.space)
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -56,8 +57,19 @@ def finished_summary(config: SweepConfig) -> dict[str, Any] | None:
     return summary if over else None
 
 
-def check_same(saved: dict[str, Any], config: SweepConfig) -> None:
-    """A resumed sweep must search the same space of the same data by the same rules."""
+def _is_spent(summary: dict[str, Any], config: SweepConfig) -> bool:
+    """Whether what was used is all that there is, also by the limits that now hold."""
+    used, search = summary.get("budget", {}), config.search
+    limits = {"hours": search.max_hours, "gpu_hours": search.max_gpu_hours}
+    return any(limit is not None and used.get(k, 0) >= limit for k, limit in limits.items())
+
+
+def check_same(saved: dict[str, Any], config: SweepConfig) -> list[str]:
+    """A resumed sweep must search the same space of the same data by the same rules.
+
+    Returns what is otherwise and may be, as ``key: before -> now``.
+    Raises UserError with everything that may not.
+    """
 
     def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
         if isinstance(tree, dict) and prefix.count(".") < 2:
@@ -67,8 +79,8 @@ def check_same(saved: dict[str, Any], config: SweepConfig) -> None:
 
     with contextlib.suppress(UserError):  # keys that are newer than the sweep get their defaults
         saved = parse_config(saved).resolved()
-    now = yaml.safe_load(yaml.safe_dump(config.resolved()))
-    before, after = flat(yaml.safe_load(yaml.safe_dump(saved))), flat(now)
+    resolved = yaml.safe_load(yaml.safe_dump(config.resolved()))
+    before, after = flat(yaml.safe_load(yaml.safe_dump(saved))), flat(resolved)
     r = config.resources
     for kind, numerics in (("expert", r.expert_numerics), ("trial", r.trial_numerics)):
         cpus, gpus = (before.get(f"resources.{unit}_per_{kind}", 0) for unit in ("cpus", "gpus"))
@@ -79,13 +91,16 @@ def check_same(saved: dict[str, Any], config: SweepConfig) -> None:
                 f"threads, and now it is {numerics.device} with {numerics.threads}. Resume with "
                 f"the same resources.*_per_{kind}, or give another output.dir."
             )
-    for key in sorted({*before, *after}):
-        allowed = any(key == c or key.startswith(f"{c}.") for c in CHANGEABLE)
-        if not allowed and before.get(key) != after.get(key):
-            raise UserError(
-                f"{config.output_dir} was started with {key}={before.get(key)!r}, and now it is "
-                f"{after.get(key)!r}. Resume with the same, or give another output.dir."
-            )
+    changed = {k for k in {*before, *after} if before.get(k) != after.get(k)}
+    allowed = {k for k in changed if any(k == c or k.startswith(f"{c}.") for c in CHANGEABLE)}
+    if refused := sorted(changed - allowed):
+        then = ", ".join(f"{k}={before.get(k)!r}" for k in refused)
+        now = ", ".join(f"{k}={after.get(k)!r}" for k in refused)
+        raise UserError(
+            f"{config.output_dir} was started with {then}, and now it is {now}. Resume with the "
+            "same, or give another output.dir."
+        )
+    return [f"{k}: {before.get(k)} -> {after.get(k)}" for k in sorted(allowed)]
 
 
 @contextlib.contextmanager

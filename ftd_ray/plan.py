@@ -4,18 +4,22 @@ import contextlib
 import os
 import shutil
 from dataclasses import dataclass
-from math import prod
 
 from ftd.data import describe
 from ftd.data.dataset import Description
 from ftd.expert import ExpertConfig, network_for, set_key
 from ftd.trajectory import PART_EPOCHS, DamagedError, ExpertSet
-from ftd_ray.config import SweepConfig
+from ftd_ray.config import StartPoint, SweepConfig
+from ftd_ray.earlier import Earlier
 from ftd_ray.pictures import short_names
 from ftd_ray.progress import describe_params
+from ftd_ray.space import count_points
 from ftd_ray.storage import is_local, open_uri
 from ftd_ray.store import TrajectoryStore
 from ftd_ray.store.text import size_text
+
+MOST_POINTS = 1_000_000
+"""Points of a space that are counted."""
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 """Of a parameter on disk."""
@@ -53,6 +57,8 @@ class Plan:
     config: SweepConfig
     data: Description
     sets: tuple[PlannedSet, ...]
+    earlier: Earlier | None = None
+    """What the search begins to learn from."""
 
     @property
     def bytes_missing(self) -> int:
@@ -75,8 +81,7 @@ class Plan:
             f"distill    {c.distill.ipc} image{'s' if c.distill.ipc > 1 else ''} per class, "
             f"{c.experts.network}, {c.distill.iterations} outer steps, augment {c.dataset.strategy}"
             + (", ZCA" if c.dataset.zca else ""),
-            f"search     {c.search.trials} trials, {c.search.concurrency} at a time, "
-            f"{c.search.sampler}, pruner {c.search.pruner}",
+            *self._search_lines(),
             *self._space_lines(),
             *self._expert_lines(),
         ]
@@ -116,13 +121,45 @@ class Plan:
             f"{d.classes} classes; {d.sizes[0]} train, {d.sizes[1]} validation, {d.sizes[2]} test",
         ]
 
+    def _search_lines(self) -> list[str]:
+        s = self.config.search
+        learns = f" (the first {s.startup} at random)" if s.sampler in ("tpe", "gp") else ""
+        parts = [
+            f"{s.trials} trials",
+            f"{s.concurrency} at a time",
+            f"{s.sampler}{learns if self.earlier is None else ''}",
+            f"pruner {s.pruner}",
+        ]
+        if len(s.objectives) > 1:
+            parts.append(f"objectives {' and '.join(s.objectives)}")
+        if s.repeats > 1:
+            parts.append(f"{s.repeats} distillations each")
+        if s.duplicates == "skip":
+            parts.append("no point twice")
+        for limit, unit in ((s.max_hours, "hours"), (s.max_gpu_hours, "GPU hours")):
+            if limit is not None:
+                parts.append(f"at most {limit:g} {unit}")
+        lines = ["search     " + ", ".join(parts)]
+        for point in self.config.start_points():
+            lines.append(f"  first    {point.label}{_deviations(point)}")
+        if (e := self.earlier) is not None:
+            lines.append(
+                f"  learns   from {len(e.trials)} of {e.complete} complete trials of {e.uri}; the "
+                "others are no points of this space"
+                if len(e.trials) < e.complete
+                else f"  learns   from {e.complete} complete trials of {e.uri}"
+            )
+        return lines
+
     def _space_lines(self) -> list[str]:
         space = self.config.space
         if not space:
             return []
         width = max(len(dim.key) for dim in space)
-        points = prod(len(dim.values) for dim in space if dim.discrete)
-        many = str(points) if all(dim.discrete for dim in space) else "infinitely many"
+        many = "infinitely many"
+        if all(dim.discrete for dim in space):
+            number = count_points(space, MOST_POINTS)
+            many = f"over {MOST_POINTS}" if number is None else str(number)
         lines = [f"  {dim.key:{width}}  {dim}" for dim in space]
         return [*lines, f"  {many} point{'' if many == '1' else 's'}"]
 
@@ -153,6 +190,12 @@ class Plan:
             + (f", {size_text(free)} free" if free is not None else "")
         )
         return lines
+
+
+def _deviations(point: StartPoint) -> str:
+    """What the sweep does otherwise than a preset, for it is not the paper's run then."""
+    here = [f"{key} {mine} instead of {theirs}" for key, (mine, theirs) in point.others.items()]
+    return f", with {', '.join(here)}" if here else ""
 
 
 def make_plan(config: SweepConfig) -> Plan:

@@ -11,32 +11,34 @@ import contextlib
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import optuna
-from optuna.pruners import (
-    BasePruner,
-    HyperbandPruner,
-    MedianPruner,
-    NopPruner,
-    SuccessiveHalvingPruner,
-)
-from optuna.samplers import BaseSampler, GridSampler, QMCSampler, RandomSampler, TPESampler
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
-from optuna.trial import FrozenTrial, Trial, TrialState
+from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from ftd.errors import UserError
 from ftd.seeds import derive_seed
-from ftd_ray.config import SearchConfig
+from ftd_ray.config import StartPoint
+from ftd_ray.samplers import DistinctSampler, pruner_of, sampler_of
+from ftd_ray.sections import SearchConfig
 from ftd_ray.space import Dimension
 from ftd_ray.storage import is_local, join, read_bytes, write_bytes
 
 STUDY_FILE = "study.journal"
 SYNC_SECONDS = 10
 """On an object store the journal is put there at most this often."""
+
+EARLIER = "earlier_trial"
+"""User attribute of trials that came from an earlier study: their number there."""
+
+REPORT = "report:"
+"""Begins the user attributes that hold reports which Optuna has no use for."""
 
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
@@ -48,6 +50,8 @@ class Suggestion:
     number: int
     params: dict[str, Any]
     repeat: int
+    start_from: str | None = None
+    """The label of the point in ``search.start_from`` that it is."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,11 @@ class Ended:
 
 
 class SweepStudy:
-    """The study of one sweep in ``folder`` (a path or a URI; one writer)."""
+    """The study of one sweep in ``folder`` (a path or a URI; one writer).
+
+    Trials of an earlier study that it learns from stand before its own in Optuna's numbering;
+    here, and for whoever asks, the sweep's own trials count from 0.
+    """
 
     def __init__(
         self,
@@ -84,29 +92,83 @@ class SweepStudy:
         search: SearchConfig,
         seed: int,
         every: int,
-        iterations: int,
+        steps: int,
+        start: Sequence[StartPoint] = (),
+        earlier: Sequence[Ended] = (),
+        shares: Mapping[str, float] | None = None,
     ):
-        self._space = {d.key: d for d in space}
-        self._search, self._seed = search, seed
+        """``every`` outer steps a trial reports, ``steps`` at most over all its repeats.
+
+        ``start`` and ``earlier`` go into a study that is made, not into one that is there.
+        ``shares`` are what objectives in seconds multiply the seconds of a trial by.
+        """
+        self._space, self._search, self._seed = tuple(space), search, seed
+        self._shares = dict(shares or {})
         self._journal = _Journal(join(folder, STUDY_FILE))
         optuna.logging.set_verbosity(optuna.logging.ERROR)
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         try:
             self.study = optuna.create_study(
                 study_name=name,
                 storage=JournalStorage(JournalFileBackend(self._journal.path)),
-                direction="maximize",
+                directions=[
+                    "maximize" if o == "accuracy" else "minimize" for o in self._objectives
+                ],
                 load_if_exists=True,
-                pruner=_pruner(search, every=every, iterations=iterations),
+                pruner=pruner_of(search, every=every, steps=steps),
             )
+            if "begun" not in self.study.user_attrs:
+                self._begin(start, earlier)
         except (ValueError, TypeError, KeyError, AssertionError) as error:
             raise UserError(
                 f"{join(folder, STUDY_FILE)} is damaged ({type(error).__name__}). Restore it from "
                 "a copy, or give another output.dir."
             ) from error
         self._live: dict[int, Trial] = {}
-        self._orphans = [
-            t for t in self.study.get_trials(deepcopy=False) if t.state is TrialState.RUNNING
-        ]
+        self._earlier = sum(EARLIER in t.user_attrs for t in self._all())
+        self._orphans = [t for t in self._own() if t.state is TrialState.RUNNING]
+
+    def _begin(self, start: Sequence[StartPoint], earlier: Sequence[Ended]) -> None:
+        """Fills an empty study; a crash in between leaves one that is filled up at the next try."""
+        there = len(self._all())
+        first = [partial(self._learn, t) for t in earlier]
+        first += [partial(self._enqueue, p) for p in start]
+        for add in first[there:]:
+            add()
+        self.study.set_user_attr("objectives", list(self._objectives))
+        self.study.set_user_attr("begun", True)
+
+    def _learn(self, trial: Ended) -> None:
+        self.study.add_trial(
+            create_trial(
+                values=[trial.values[o] for o in self._objectives],
+                params={
+                    d.key: d.encode(trial.params[d.key])
+                    for d in self._space
+                    if d.key in trial.params
+                },
+                distributions={
+                    d.key: d.distribution() for d in self._space if d.key in trial.params
+                },
+                user_attrs={EARLIER: trial.number, "params": trial.params},
+            )
+        )
+
+    def _enqueue(self, point: StartPoint) -> None:
+        known = {d.key: d for d in self._space}
+        self.study.enqueue_trial(
+            {k: known[k].encode(v) for k, v in point.params.items()},
+            user_attrs={"start_from": point.label},
+        )
+
+    @property
+    def _objectives(self) -> tuple[str, ...]:
+        return self._search.objectives
+
+    @property
+    def _prunes_by_step(self) -> bool:
+        """Whether Optuna's reports are accuracies by outer step; if not, they are kept apart."""
+        return len(self._objectives) == 1 and self._search.pruner != "wilcoxon"
 
     # --- handing out ------------------------------------------------------------------------
 
@@ -114,43 +176,76 @@ class SweepStudy:
         """The next trial: first those that an interruption left, then new ones; None at the end."""
         if self._orphans:
             orphan = self._orphans.pop(0)
+            written = "params" in orphan.user_attrs
+            if not written:  # asked for, but not yet written down
+                self._seed_sampler(orphan.number - self._earlier)
             trial = Trial(self.study, orphan._trial_id)
-            if "params" not in orphan.user_attrs:  # asked for, but not yet written down
+            if not written:
                 return self._describe(trial)
-            self._live[orphan.number] = trial
-            repeat = orphan.user_attrs["repeat"]
-            return Suggestion(orphan.number, orphan.user_attrs["params"], repeat)
-        number = len(self.study.get_trials(deepcopy=False))
-        if number >= self._search.trials:
+            return self._hand_out(trial, orphan.user_attrs)
+        own = self._own()
+        waiting = sum(t.state is TrialState.WAITING for t in own)
+        if not waiting and len(own) >= self._search.trials:
             return None
-        self.study.sampler = _sampler(
-            self._search.sampler, list(self._space.values()), self._seed, number
-        )
+        self._seed_sampler(len(own) - waiting)
         return self._describe(self.study.ask())
 
+    def _seed_sampler(self, number: int) -> None:
+        sampler = sampler_of(self._search, self._space, self._seed, number)
+        if self._search.duplicates == "skip" and self._search.sampler != "grid":
+            tried = [t.user_attrs.get("params") for t in self._own()]
+            seed = derive_seed(self._seed, "distinct", number)
+            sampler = DistinctSampler(sampler, self._space, tried, seed)
+        self.study.sampler = sampler
+
     def _describe(self, trial: Trial) -> Suggestion:
-        if trial.number not in self._live:
-            self.study.sampler = _sampler(
-                self._search.sampler, list(self._space.values()), self._seed, trial.number
-            )
-        params = {key: d.suggest(trial) for key, d in self._space.items()}
-        earlier = [t.user_attrs.get("params") for t in self.study.get_trials(deepcopy=False)]
-        repeat = earlier[: trial.number].count(params)
-        trial.set_user_attr("repeat", repeat)
+        params: dict[str, Any] = {}
+        for d in self._space:
+            if d.active(params):
+                params[d.key] = d.suggest(trial)
+        earlier = [t.user_attrs.get("params") for t in self._own()]
+        number = trial.number - self._earlier
+        trial.set_user_attr("repeat", earlier[:number].count(params))
         trial.set_user_attr("params", params)
-        self._live[trial.number] = trial
         self._journal.sync()
-        return Suggestion(trial.number, params, repeat)
+        return self._hand_out(trial, trial.user_attrs)
+
+    def _hand_out(self, trial: Trial, attrs: Mapping[str, Any]) -> Suggestion:
+        number = trial.number - self._earlier
+        self._live[number] = trial
+        return Suggestion(number, attrs["params"], attrs["repeat"], attrs.get("start_from"))
 
     # --- hearing back -----------------------------------------------------------------------
 
-    def report(self, number: int, step: int, value: float) -> bool:
-        """Records a report; says whether the pruner wants the trial to stop."""
-        trial = self._live[number]
-        if step not in self.frozen(number).intermediate_values:
-            trial.report(value, step)
+    def report(
+        self,
+        number: int,
+        step: int,
+        value: float,
+        *,
+        seconds: float = 0.0,
+        networks: Mapping[int, float] | None = None,
+    ) -> bool:
+        """Records a report; says whether the pruner wants the trial to stop.
+
+        ``seconds`` of work went into it since the report before. ``networks`` are accuracies of
+        single fresh networks by their number over all repeats, which Wilcoxon's test pairs.
+        """
+        trial, known = self._live[number], self.frozen(number)
+        if step not in _reports(known):
+            if seconds:
+                before = known.user_attrs.get("seconds", 0.0)
+                trial.set_user_attr("seconds", round(before + seconds, 3))
+            if self._prunes_by_step:
+                trial.report(value, step)
+            else:
+                trial.set_user_attr(f"{REPORT}{step}", value)
+        if self._search.pruner == "wilcoxon":
+            for index, accuracy in (networks or {}).items():
+                if index not in known.intermediate_values:
+                    trial.report(accuracy, index)
         self._journal.sync()
-        return trial.should_prune()
+        return len(self._objectives) == 1 and trial.should_prune()
 
     def complete(self, number: int) -> Ended:
         """The trial reached its end; its value is its last report."""
@@ -167,16 +262,25 @@ class SweepStudy:
 
     def _tell(self, number: int, state: TrialState) -> Ended:
         trial = self._live.pop(number)
-        reports = self.frozen(number).intermediate_values
-        value = reports[max(reports)] if reports else None
-        self.study.tell(trial, value if state is TrialState.COMPLETE else None, state=state)
+        values = None
+        if state is TrialState.COMPLETE:
+            values = [self._measure(o, self.frozen(number)) for o in self._objectives]
+        self.study.tell(trial, values, state=state)
         self._journal.sync(force=True)
-        return _ended(self.frozen(number))
+        return self._ended(self.frozen(number))
+
+    def _measure(self, objective: str, trial: FrozenTrial) -> float:
+        if objective == "accuracy":
+            reports = _reports(trial)
+            return reports[max(reports)]
+        if objective == "ipc":
+            return float(trial.user_attrs["params"].get("distill.ipc", 1))
+        return float(trial.user_attrs.get("seconds", 0.0) * self._shares.get(objective, 1.0))
 
     # --- looking ----------------------------------------------------------------------------
 
     def frozen(self, number: int) -> FrozenTrial:
-        return self.study.get_trials(deepcopy=False)[number]
+        return self._all()[number + self._earlier]
 
     def is_live(self, number: int) -> bool:
         """Whether the trial has been handed out and not been told yet."""
@@ -184,12 +288,49 @@ class SweepStudy:
 
     def ended(self) -> list[Ended]:
         """All trials that are over, by number."""
-        return [_ended(t) for t in self.study.get_trials(deepcopy=False) if t.state in ENDED]
+        return [self._ended(t) for t in self._own() if t.state in ENDED]
 
-    def best(self) -> Ended | None:
-        """The complete trial of the highest validation accuracy; of equals the earliest."""
-        done = [t for t in self.ended() if t.state == "complete"]
-        return max(done, key=lambda t: (t.value or 0.0, -t.number), default=None)
+    def interrupted(self) -> int:
+        """Trials that have begun and are not over."""
+        return sum(t.state is TrialState.RUNNING for t in self._own())
+
+    def trial_seconds(self) -> float:
+        """Seconds that trials have worked, those that are not over included."""
+        return sum(t.user_attrs.get("seconds", 0.0) for t in self._own())
+
+    def best(self, count: int = 1) -> list[Ended]:
+        """The complete trials of the highest validation accuracy; of equals the earliest first.
+
+        With several objectives those of the front, which no other is better than in all of them.
+        """
+        done = self.front() if len(self._objectives) > 1 else self._complete()
+        return sorted(done, key=lambda t: (-(t.value or 0.0), t.number))[:count]
+
+    def front(self) -> list[Ended]:
+        """The complete trials that no other one beats, by number; with one objective the best."""
+        done = self._complete()
+        signs = [1 if o == "accuracy" else -1 for o in self._objectives]
+
+        def beats(a: Ended, b: Ended) -> bool:
+            gains = [
+                s * (a.values[o] - b.values[o])
+                for s, o in zip(signs, self._objectives, strict=True)
+            ]
+            return min(gains) >= 0 and max(gains) > 0
+
+        return [t for t in done if not any(beats(other, t) for other in done)]
+
+    def _complete(self) -> list[Ended]:
+        return [t for t in self.ended() if t.state == "complete"]
+
+    def _all(self) -> list[FrozenTrial]:
+        return self.study.get_trials(deepcopy=False)
+
+    def _own(self) -> list[FrozenTrial]:
+        return [t for t in self._all() if EARLIER not in t.user_attrs]
+
+    def _ended(self, trial: FrozenTrial) -> Ended:
+        return _ended(trial, self._earlier, self._objectives)
 
     def remember(self, key: str, value: Any) -> None:
         """Keeps a JSON value with the study."""
@@ -202,6 +343,40 @@ class SweepStudy:
     def close(self) -> None:
         """Puts the journal where it belongs."""
         self._journal.sync(force=True)
+
+
+def has_begun(folder: str) -> bool:
+    """Whether the folder's study is past its beginning, in which it takes in earlier trials."""
+    kept = read_bytes(join(folder, STUDY_FILE))
+    return kept is not None and b'"begun"' in kept
+
+
+def read_study(folder: str) -> tuple[list[Ended], Any] | None:
+    """The trials of a sweep and the fingerprint of its images, from a copy; None without a study.
+
+    The sweep may be under way.
+    """
+    kept = read_bytes(join(folder, STUDY_FILE))
+    if kept is None:
+        return None
+    with tempfile.TemporaryDirectory(prefix="ftd-study-") as copy:
+        path = os.path.join(copy, STUDY_FILE)
+        with open(path, "wb") as f:
+            f.write(kept[: kept.rfind(b"\n") + 1])
+        try:
+            storage = JournalStorage(JournalFileBackend(path))
+            name = storage.get_all_studies()[0].study_name
+            study = optuna.load_study(study_name=name, storage=storage)
+            trials = study.get_trials(deepcopy=False)
+        except (ValueError, TypeError, KeyError, AssertionError, IndexError) as error:
+            raise UserError(
+                f"{join(folder, STUDY_FILE)} is damaged ({type(error).__name__}). Restore it from "
+                "a copy."
+            ) from error
+    own = [t for t in trials if EARLIER not in t.user_attrs]
+    offset = len(trials) - len(own)
+    names = study.user_attrs.get("objectives", ["accuracy"])
+    return [_ended(t, offset, names) for t in own if t.state in ENDED], study.user_attrs.get("data")
 
 
 class _Journal:
@@ -238,53 +413,30 @@ def _drop_torn_line(path: str) -> None:
             f.truncate(whole)
 
 
-def _sampler(name: str, space: list[Dimension], seed: int, number: int) -> BaseSampler:
-    here = derive_seed(seed, "sampler", number) % 2**32
-    if name == "tpe":
-        return TPESampler(seed=here, multivariate=True, group=True, constant_liar=True)
-    if name == "random":
-        return RandomSampler(seed=here)
-    if name == "qmc":  # stores its place in the study; one seed for the whole sequence
-        return QMCSampler(seed=seed % 2**32, scramble=True, warn_independent_sampling=False)
-    return _Grid({d.key: [d.encode(v) for v in d.values] for d in space}, seed=seed % 2**32)
-
-
-class _Grid(GridSampler):
-    """Without stopping the study at the last point, which only works inside ``optimize``."""
-
-    def after_trial(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: the number of trials is the sweep's."""
-
-
-def _pruner(search: SearchConfig, *, every: int, iterations: int) -> BasePruner:
-    grace = search.grace or every
-    if search.pruner == "asha":
-        return SuccessiveHalvingPruner(
-            min_resource=grace, reduction_factor=search.reduction_factor or 3
-        )
-    if search.pruner == "hyperband":
-        return HyperbandPruner(
-            min_resource=grace,
-            max_resource=iterations,
-            reduction_factor=search.reduction_factor or 3,
-        )
-    if search.pruner == "median":
-        return MedianPruner(n_startup_trials=4, n_warmup_steps=grace)
-    return NopPruner()
-
-
-def _ended(trial: FrozenTrial) -> Ended:
+def _ended(trial: FrozenTrial, offset: int, objectives: Sequence[str]) -> Ended:
     names = {
         TrialState.COMPLETE: "complete",
         TrialState.PRUNED: "pruned",
         TrialState.FAIL: "failed",
     }
-    reports = trial.intermediate_values
+    reports = _reports(trial)
+    complete = trial.state is TrialState.COMPLETE
     return Ended(
-        number=trial.number,
+        number=trial.number - offset,
         state=names[trial.state],
         params=trial.user_attrs.get("params", {}),
         value=reports[max(reports)] if reports else None,
         reason=trial.user_attrs.get("reason"),
-        reports=dict(reports),
+        reports=reports,
+        repeat=trial.user_attrs.get("repeat", 0),
+        values=dict(zip(objectives, trial.values, strict=True)) if complete else {},
+        seconds=trial.user_attrs.get("seconds", 0.0),
     )
+
+
+def _reports(trial: FrozenTrial) -> dict[int, float]:
+    """Outer step -> validation accuracy."""
+    kept = {
+        int(k.removeprefix(REPORT)): v for k, v in trial.user_attrs.items() if k.startswith(REPORT)
+    }
+    return kept or dict(trial.intermediate_values)

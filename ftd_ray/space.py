@@ -3,13 +3,17 @@
     rho: {choice: [0.0, 0.01, 0.03]}
     syn_steps: {int: [10, 50], step: 10}
     lr_img: {float: [10, 1000], log: true, levels: 5}
+    gsam_alpha: {choice: [0.1, 0.4], when: {experts.sharpness: [gsam]}}
 
 Ordered values (numeric choices, levels) are sampled as an index, so that order means something
-to the sampler; other choices are categories.
+to the sampler; other choices are categories. A dimension with ``when`` exists only at points where
+other dimensions have the values that it names; elsewhere its key has its default.
 """
 
-from dataclasses import dataclass
-from math import isfinite, log
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from math import isfinite, log, prod
 from typing import Any
 
 import numpy as np
@@ -17,6 +21,7 @@ from optuna.distributions import (
     BaseDistribution,
     CategoricalDistribution,
     FloatDistribution,
+    IntDistribution,
 )
 from optuna.trial import Trial
 
@@ -35,6 +40,15 @@ class Dimension:
     values: tuple[Any, ...] = ()
     bounds: tuple[float, float] = (0.0, 0.0)
     log: bool = False
+    when: tuple[tuple[str, tuple[Any, ...]], ...] = ()
+    """Keys of other dimensions, each with the values at which this one exists."""
+
+    def active(self, params: dict[str, Any]) -> bool:
+        """Whether it exists at a point; dimensions that it depends on come before it."""
+        return all(
+            key in params and any(is_same(params[key], v) for v in values)
+            for key, values in self.when
+        )
 
     @property
     def name(self) -> str:
@@ -55,12 +69,31 @@ class Dimension:
         if not self.discrete:
             return trial.suggest_float(self.key, *self.bounds, log=self.log)
         if self.ordered:
-            return self.values[trial.suggest_int(self.key, 0, len(self.values) - 1)]
+            return self.decode(trial.suggest_int(self.key, 0, len(self.values) - 1))
         return trial.suggest_categorical(self.key, self.values)
+
+    def decode(self, drawn: Any) -> Any:
+        """The value that a sampler's draw stands for."""
+        return self.values[drawn] if self.discrete and self.ordered else drawn
 
     def encode(self, value: Any) -> Any:
         """What the sampler draws for ``value``."""
         return self.values.index(value) if self.discrete and self.ordered else value
+
+    def distribution(self) -> BaseDistribution:
+        """What the sampler draws from."""
+        if not self.discrete:
+            return FloatDistribution(*self.bounds, log=self.log)
+        if self.ordered:
+            return IntDistribution(0, len(self.values) - 1)
+        return CategoricalDistribution(self.values)
+
+    def member(self, value: Any) -> Any:
+        """The dimension's own value that equals ``value``, or None: 1e-5 is 0.00001."""
+        if self.discrete:
+            return next((v for v in self.values if is_same(v, value)), None)
+        low, high = self.bounds
+        return float(value) if _is_number(value) and low <= value <= high else None
 
     def real_distribution(self) -> BaseDistribution:
         """The distribution of the values themselves, for pictures."""
@@ -75,8 +108,12 @@ class Dimension:
 
     def __str__(self) -> str:
         if self.discrete:
-            return " | ".join(_text(v) for v in self.values)
-        return f"{_text(self.bounds[0])} … {_text(self.bounds[1])}{' (log)' if self.log else ''}"
+            text = " | ".join(_text(v) for v in self.values)
+        else:
+            low, high = self.bounds
+            text = f"{_text(low)} … {_text(high)}{' (log)' if self.log else ''}"
+        conditions = (f"{k} is {' or '.join(map(_text, values))}" for k, values in self.when)
+        return f"{text}  when {' and '.join(conditions)}" if self.when else text
 
     def _looks_log(self, low: float, high: float) -> bool:
         if not self.discrete:
@@ -103,10 +140,95 @@ def parse_dimension(key: str, value: dict[Any, Any]) -> Dimension:
     kind = kinds[0]
     options, parser = _PARSERS[kind]
     for option in value:
-        if option != kind and option not in options:
-            allowed = f"may have {', '.join(options)}" if options else "has no further options"
-            raise UserError(f"{key}: {option!r} is not an option of {kind}, which {allowed}.")
-    return parser(key, value)
+        if option not in (kind, "when", *options):
+            allowed = ", ".join((*options, "when"))
+            raise UserError(
+                f"{key}: {option!r} is not an option of {kind}, which may have {allowed}."
+            )
+    return replace(parser(key, value), when=_when(key, value.get("when", {})))
+
+
+def _when(key: str, written: Any) -> tuple[tuple[str, tuple[Any, ...]], ...]:
+    rule = "{when: {experts.sharpness: [gsam]}}"
+    if not isinstance(written, dict) or not all(isinstance(k, str) for k in written):
+        raise UserError(
+            f"{key}: when={written!r} must map other dimensions to values, as in {rule}."
+        )
+    conditions = []
+    for parent, values in written.items():
+        parent = parent if "." in parent else f"{key.partition('.')[0]}.{parent}"
+        values = values if isinstance(values, list) else [values]
+        if not values or any(isinstance(v, dict | list) for v in values):
+            raise UserError(f"{key}: when {parent}={values!r} must be plain values, as in {rule}.")
+        conditions.append((parent, tuple(values)))
+    return tuple(conditions)
+
+
+def in_order(space: Iterable[Dimension]) -> tuple[Dimension, ...]:
+    """The dimensions, each after those that it depends on; otherwise as given.
+
+    Raises UserError for conditions on what is no discrete dimension or has no such value, and for
+    dimensions that depend on each other.
+    """
+    waiting = list(space)
+    known = {d.key: d for d in waiting}
+    for d in waiting:
+        for parent, values in d.when:
+            if parent not in known or not known[parent].discrete:
+                kind = "continuous" if parent in known else "not searched"
+                raise UserError(
+                    f"{d.key}: when names {parent}, which is {kind}. Name a dimension of the "
+                    "search that has single values."
+                )
+            for value in values:
+                if known[parent].member(value) is None:
+                    raise UserError(
+                        f"{d.key}: when {parent} is {value!r} never holds; it takes "
+                        f"{' | '.join(map(_text, known[parent].values))}."
+                    )
+    ordered: dict[str, Dimension] = {}
+    while waiting:
+        ready = next((d for d in waiting if all(k in ordered for k, _ in d.when)), None)
+        if ready is None:
+            keys = ", ".join(d.key for d in waiting)
+            raise UserError(f"{waiting[0].key}: when goes in a circle ({keys}). Break it.")
+        waiting.remove(ready)
+        ordered[ready.key] = ready
+    return tuple(ordered.values())
+
+
+def with_parents(dims: Iterable[Dimension], space: Sequence[Dimension]) -> list[Dimension]:
+    """Some dimensions of an ordered space and all that they depend on, in its order."""
+    wanted = {d.key for d in dims}
+    for d in reversed(space):
+        if d.key in wanted:
+            wanted |= {key for key, _ in d.when}
+    return [d for d in space if d.key in wanted]
+
+
+def points(dims: Sequence[Dimension]) -> Iterator[dict[str, Any]]:
+    """Every combination of the extremes of ordered dimensions, each at the points where it is."""
+
+    def grown(params: dict[str, Any], rest: Sequence[Dimension]) -> Iterator[dict[str, Any]]:
+        if not rest:
+            yield params
+        elif not rest[0].active(params):
+            yield from grown(params, rest[1:])
+        else:
+            for value in rest[0].extremes():
+                yield from grown({**params, rest[0].key: value}, rest[1:])
+
+    return grown({}, dims)
+
+
+def count_points(dims: Sequence[Dimension], limit: int) -> int | None:
+    """How many points a space has; None for more than ``limit``, or infinitely many."""
+    if not all(d.discrete for d in dims):
+        return None
+    if not any(d.when for d in dims):
+        return many if (many := prod(len(d.values) for d in dims)) <= limit else None
+    many = sum(1 for _ in islice(points(dims), limit + 1))
+    return many if many <= limit else None
 
 
 def _choice(key: str, value: dict[Any, Any]) -> Dimension:
@@ -164,6 +286,13 @@ def _bounds(key: str, value: Any, *, whole: bool) -> tuple[float, float]:
     if low >= high:
         raise UserError(f"{key}: [{low}, {high}] must go from low to high.")
     return low, high
+
+
+def is_same(a: Any, b: Any) -> bool:
+    """Whether two configuration values are one: 1 is 1.0, but true is not 1."""
+    if _is_number(a) and _is_number(b):
+        return float(a) == float(b)
+    return type(a) is type(b) and bool(a == b)
 
 
 def _is_number(value: Any) -> bool:

@@ -10,15 +10,18 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 from rich.console import Console
 
 from ftd.errors import UserError
 from ftd_ray.command import check_room, exit_code, open_tracker, reachable
 from ftd_ray.config import load_config
+from ftd_ray.earlier import read_earlier
 from ftd_ray.folder import check_same, finished_summary, only_one, saved_sweep
 from ftd_ray.plan import lacking, machine_resources, make_plan
 from ftd_ray.results import result_text
+from ftd_ray.search import has_begun
 from ftd_ray.signals import signals
 from ftd_ray.storage import probe
 
@@ -46,14 +49,17 @@ def _main(args: argparse.Namespace, console: Console) -> int:
     address = args.address or os.environ.get("RAY_ADDRESS")
     with reachable(config):
         plan = make_plan(config)
-        saved = saved_sweep(config)
+        saved = saved_sweep(config.output_dir)
+        if config.search.warm_start is not None and not has_begun(config.output_dir):
+            plan = replace(plan, earlier=read_earlier(config, plan.data))
     if saved is not None and not args.resume and not args.dry_run:
         raise UserError(
             f"{config.output_dir} holds a sweep already. Go on with it by --resume, or give "
             "another output.dir."
         )
+    changes: list[str] = []
     if saved is not None and args.resume:
-        check_same(saved, config)
+        changes = check_same(saved, config)
         if (summary := finished_summary(config)) is not None:
             console.print(result_text(summary, config.space), soft_wrap=True, markup=False)
             return 0 if summary["state"] == "done" else 1
@@ -63,6 +69,8 @@ def _main(args: argparse.Namespace, console: Console) -> int:
     here = machine_resources()
     missing = lacking(config, here) if address is None else []
     console.print(plan.text(missing), soft_wrap=True, markup=False)
+    for change in changes:
+        console.print(f"changed    {change}", soft_wrap=True, markup=False)
     if args.dry_run:
         return 0
     check_room(plan, missing)

@@ -6,8 +6,10 @@ Nothing here knows Ray: ``ftd_ray.workers`` runs these functions in actors.
 import io
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from math import nan
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from ftd.distill import DistillConfig, DistillState, StepRecord, Trajectories, d
 from ftd.evaluate import (
     EvaluateConfig,
     Protocol,
+    Score,
     evaluate,
     random_real,
     train_fresh,
@@ -42,7 +45,9 @@ class TrialSpec:
     seed: int
     """Of the sweep."""
     repeat: int
-    """Counts earlier trials at the same point: each repeat distils with another seed."""
+    """Counts earlier trials at the same point, which distilled from other seeds."""
+    repeats: int = 1
+    """Distillations of the trial, one after the other."""
     dataset: DatasetConfig
     sender: Sender | None = None
     """Where the data set comes from on nodes that have not got it."""
@@ -60,9 +65,9 @@ class TrialSpec:
     folder: str
     """Where the trial keeps its checkpoint and its result."""
 
-    @property
-    def distill_seed(self) -> int:
-        return derive_seed(self.seed, "distill", self.repeat)
+    def distill_seed(self, repeat: int) -> int:
+        """The seed of one of its distillations: the same in all trials that are no repetitions."""
+        return derive_seed(self.seed, "distill", self.repeat * self.repeats + repeat)
 
     @property
     def checkpoint(self) -> str:
@@ -84,6 +89,9 @@ class Report:
     finished repeats and this one."""
     val_std: float
     """Over the fresh networks of this evaluation."""
+    networks: dict[int, float]
+    """At the end of a distillation the accuracy of each fresh network, numbered over all repeats:
+    networks of one number have the same seed in every trial."""
     curve: tuple[StepRecord, ...]
     """Outer steps since the report before."""
     seconds: float
@@ -103,31 +111,71 @@ def run_trial(
 ) -> Iterator[Report]:
     """Distils, yielding a report every ``evaluate.every`` steps; goes on from its checkpoint.
 
-    ``trajectories`` says where segments are read from. The last report has ``done`` set, and the
-    synthetic set lies at ``spec.result`` by then.
+    It does so ``spec.repeats`` times from different seeds, one after the other. ``trajectories``
+    says where segments are read from. The last report has ``done`` set, and the synthetic set of
+    the best repeat lies at ``spec.result`` by then.
     Raises ftd.errors.Diverged.
     """
+    began = time.monotonic()
     device = spec.numerics.apply()
     data = load(spec.dataset, device, spec.sender)
-    network = network_for(spec.network, data.description)
+    kept = load_checkpoint(spec, device)
+    experts, finals, before = trajectories(spec), kept.finals, kept.state
+    for repeat in range(len(finals), spec.repeats):
+        for state, records, score in _distilled(spec, data, experts, repeat, before):
+            ended = state.step == spec.distill.iterations
+            result = synthetic_set(spec, data, state, repeat)
+            if ended and score.mean > max(finals, default=-1.0):
+                write_bytes(spec.result, result.to_bytes())
+            picture = result.png(cell=64, per_class=PREVIEW_PER_CLASS)
+            done = ended and repeat == spec.repeats - 1
+            offset, now = repeat * spec.distill.iterations, time.monotonic()
+            yield Report(
+                step=offset + state.step,
+                val_accuracy=fmean([*finals, score.mean]),
+                val_std=score.std,
+                networks={
+                    repeat * len(score.accuracies) + i: a for i, a in enumerate(score.accuracies)
+                }
+                if ended
+                else {},
+                curve=tuple(replace(r, step=offset + r.step) for r in records),
+                seconds=now - began,
+                picture=picture,
+                done=done,
+            )
+            if not done:  # whoever asks for more has the report on record
+                finals = (*finals, score.mean) if ended else finals
+                save_checkpoint(spec, Checkpoint(finals, None if ended else state))
+            began = now
+        before = None
+
+
+def _distilled(
+    spec: TrialSpec,
+    data: Dataset,
+    experts: Trajectories,
+    repeat: int,
+    before: DistillState | None,
+) -> Iterator[tuple[DistillState, list[StepRecord], Score]]:
+    """The state at every evaluation of one distillation, the steps up to it and its score."""
     config, settings = spec.distill, spec.evaluate
+    network = network_for(spec.network, data.description)
     short = Protocol.of(
         settings, network=spec.network, augment=data.strategy, epochs=settings.search_epochs
     )
-    curve: list[StepRecord] = []
-    began = time.monotonic()
+    records: list[StepRecord] = []
     for state, record in distill(
         config,
         data,
-        trajectories(spec),
+        experts,
         spec.network,
         epochs=config.max_start_epoch - 1 + config.expert_epochs,
-        seed=spec.distill_seed,
-        state=load_checkpoint(spec, device),
+        seed=spec.distill_seed(repeat),
+        state=before,
     ):
-        curve.append(record)
-        done = record.step == config.iterations
-        if not done and record.step % settings.every:
+        records.append(record)
+        if record.step < config.iterations and record.step % settings.every:
             continue
         score = evaluate(
             network,
@@ -139,24 +187,8 @@ def run_trial(
             networks=range(settings.search_networks),
             seed=derive_seed(spec.seed, "search"),
         )
-        result = synthetic_set(spec, data, state)
-        if done:
-            write_bytes(spec.result, result.to_bytes())
-        picture = result.png(cell=64, per_class=PREVIEW_PER_CLASS)
-        now = time.monotonic()
-        yield Report(
-            step=record.step,
-            val_accuracy=score.mean,
-            val_std=score.std,
-            curve=tuple(curve),
-            seconds=now - began,
-            picture=picture,
-            done=done,
-        )
-        if not done:  # whoever asks for more has the report on record
-            save_checkpoint(spec, state)
-        began = now
-        curve = []
+        yield state, records, score
+        records = []
 
 
 def forget_checkpoint(folder: str) -> None:
@@ -174,7 +206,9 @@ class FirstExperts:
         return self._set.segment(expert, start, end)
 
 
-def synthetic_set(spec: TrialSpec, data: Dataset, state: DistillState) -> SyntheticSet:
+def synthetic_set(
+    spec: TrialSpec, data: Dataset, state: DistillState, repeat: int = 0
+) -> SyntheticSet:
     """The set that a trial stands for at ``state``, with the protocol of the final evaluation."""
     cpu = torch.device("cpu")
     return SyntheticSet(
@@ -190,33 +224,51 @@ def synthetic_set(spec: TrialSpec, data: Dataset, state: DistillState) -> Synthe
             "experts": spec.identity,
             "expert_count": spec.experts,
             "distill": asdict(spec.distill),
-            "seed": spec.distill_seed,
+            "seed": spec.distill_seed(repeat),
             "step": state.step,
         },
     )
 
 
-def save_checkpoint(spec: TrialSpec, state: DistillState) -> None:
-    """Keeps all that the trial goes on from."""
+@dataclass(frozen=True)
+class Checkpoint:
+    """All that a trial goes on from."""
+
+    finals: tuple[float, ...] = ()
+    """Accuracies that its finished repeats ended with."""
+    state: DistillState | None = None
+    """Of the repeat under way; None at its start."""
+
+
+def save_checkpoint(spec: TrialSpec, checkpoint: Checkpoint) -> None:
+    """Keeps a checkpoint, in the place of the one before."""
     buffer = io.BytesIO()
-    arrays: dict[str, Any] = {"spec": np.array(_fingerprint(spec)), **state.arrays()}
+    state = checkpoint.state
+    arrays: dict[str, Any] = {
+        "spec": np.array(_fingerprint(spec)),
+        "finals": np.array(checkpoint.finals),
+        **({} if state is None else state.arrays()),
+    }
     np.savez(buffer, **arrays)
     write_bytes(spec.checkpoint, buffer.getvalue())
 
 
-def load_checkpoint(spec: TrialSpec, device: torch.device) -> DistillState | None:
-    """The state of this very trial, or None; one of another configuration does not count."""
+def load_checkpoint(spec: TrialSpec, device: torch.device) -> Checkpoint:
+    """The checkpoint of this very trial; one of another configuration does not count."""
     kept = read_bytes(spec.checkpoint)
     if kept is None:
-        return None
+        return Checkpoint()
     with np.load(io.BytesIO(kept), allow_pickle=False) as file:
         if str(file["spec"]) != _fingerprint(spec):
-            return None
-        return DistillState.from_arrays({k: file[k] for k in file.files if k != "spec"}, device)
+            return Checkpoint()
+        finals = tuple(map(float, file["finals"])) if "finals" in file.files else ()
+        arrays = {k: file[k] for k in file.files if k not in ("spec", "finals")}
+    state = DistillState.from_arrays(arrays, device) if arrays else None
+    return Checkpoint(finals, state)
 
 
 def _fingerprint(spec: TrialSpec) -> str:
-    facts = [spec.distill_seed, spec.identity, spec.experts, asdict(spec.distill)]
+    facts = [spec.distill_seed(0), spec.identity, spec.experts, asdict(spec.distill)]
     return json.dumps(facts, sort_keys=True)
 
 
@@ -233,19 +285,23 @@ class FinalSpec:
     seed: int
     synthetic: bytes
     """The file of the set; for the baseline its protocol and IPC count."""
+    networks: range
+    """Which fresh networks."""
     baseline_lr: float | None = None
     """Learning rate on random real images; None evaluates the distilled set."""
+    test: bool = True
+    """Whether they see test images too."""
 
 
-def final_scores(spec: FinalSpec, networks: Sequence[int]) -> list[tuple[float, float]]:
-    """(validation, test) accuracy of each fresh network by the full protocol."""
+def final_scores(spec: FinalSpec) -> list[tuple[float, float]]:
+    """(validation, test) accuracy of each fresh network by the full protocol; NaN for no test."""
     device = spec.numerics.apply()
     data = load(spec.dataset, device, spec.sender)
     synthetic = SyntheticSet.load(io.BytesIO(spec.synthetic))
     network = network_for(synthetic.protocol.network, data.description)
     seed = derive_seed(spec.seed, "final")
     scores = []
-    for i in networks:
+    for i in spec.networks:
         if spec.baseline_lr is None:
             images, labels = synthetic.images.to(device), synthetic.labels.to(device)
             lr = synthetic.syn_lr
@@ -254,5 +310,32 @@ def final_scores(spec: FinalSpec, networks: Sequence[int]) -> list[tuple[float, 
             images, labels = random_real(data, ipc, seed=seed, index=i)
             lr = spec.baseline_lr
         w = train_fresh(network, images, labels, lr, synthetic.protocol, seed=seed, index=i)
-        scores.append((accuracy(network, w, data.val), accuracy(network, w, data.test)))
+        test = accuracy(network, w, data.test) if spec.test else nan
+        scores.append((accuracy(network, w, data.val), test))
     return scores
+
+
+@dataclass(frozen=True, kw_only=True)
+class WholeDataSpec:
+    """The baseline of all data: the experts themselves, at the end of their trajectories."""
+
+    dataset: DatasetConfig
+    sender: Sender | None = None
+    numerics: Numerics
+    network: str
+    identity: dict[str, Any]
+    """Of the expert set."""
+    experts: int
+    """How many of them."""
+    epochs: int
+    store_uri: str
+
+
+def whole_data_scores(spec: WholeDataSpec) -> list[float]:
+    """Test accuracy of each expert: a network that was trained on the whole training data."""
+    device = spec.numerics.apply()
+    data = load(spec.dataset, device, spec.sender)
+    network = network_for(spec.network, data.description)
+    experts = TrajectoryStore(spec.store_uri).expert_set(spec.identity)
+    ends = (experts.segment(e, spec.epochs, spec.epochs)[1] for e in range(spec.experts))
+    return [accuracy(network, torch.tensor(w, device=device), data.test) for w in ends]

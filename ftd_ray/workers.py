@@ -1,22 +1,26 @@
 """The Ray shells of a trial: a light Tune trainable, and the actor that does its work.
 
-The trainable waits for experts holding no CPU or GPU; then it starts a worker outside its own
-placement group, in the resources of a trial, and hands Tune one report at a time. The worker dies
-with the trainable; a worker that dies alone is started again and goes on from its checkpoint.
+The trainable waits for experts holding no CPU or GPU; then it takes a worker from the sweep's
+pool, outside its own placement group and in the resources of a trial, and hands Tune one report at
+a time. The driver gives the worker back when the trial has ended, and the next trial takes it as
+it is, warm; one that nobody takes ends within seconds. A worker that dies is started again and
+goes on from the trial's checkpoint.
 
 A trainable only passes things on, so they travel pickled and this module imports no torch: a
 waiting trial costs a tenth of the memory and starts at once.
 """
 
+import asyncio
+import contextlib
 import pickle
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import tune
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ftd.errors import Diverged, UserError
 from ftd.trajectory import DamagedError
@@ -25,7 +29,7 @@ from ftd_ray.experts.orders import ExpertOrder
 from ftd_ray.storage import PlaceError
 
 if TYPE_CHECKING:
-    from ftd_ray.trial import FinalSpec, Report
+    from ftd_ray.trial import Report
 
 WORKER_ATTEMPTS = 4
 """Times that a worker is started for one report."""
@@ -35,6 +39,9 @@ MEND_ATTEMPTS = 3
 
 HALT_SECONDS = 1
 """Before a trial that cannot reach its files tries again, if it still lives."""
+
+IDLE_SECONDS = 2
+"""For which a worker keeps its CPU or GPU after a trial, for the next one to take it over."""
 
 LIGHT_BYTES = 64 * 2**20
 """Memory that a waiting trial books, in place of a CPU."""
@@ -50,14 +57,15 @@ class TrialOrder:
     experts: ExpertOrder
     broker: Any
     """The handle of ``ftd_ray.experts.broker.Broker``."""
-    cpus: float
-    gpus: float
+    pool: Any
+    """The handle of the sweep's ``WorkerPool``."""
 
 
 class TrialWorker:
     """Shell of ``run_trial``: one pickled report a call, and whether it was the last."""
 
-    def __init__(self, spec: bytes) -> None:
+    def begin(self, spec: bytes) -> None:
+        """Takes up a trial, in the place of the one before."""
         from ftd.expert import set_key
         from ftd_ray.trial import TrialSpec, run_trial
 
@@ -70,6 +78,45 @@ class TrialWorker:
     def report(self) -> tuple[bytes, bool]:
         report = next(self._reports)
         return pickle.dumps(report), report.done
+
+
+class WorkerPool:
+    """The trial workers of one sweep: an actor of the driver's that books nothing itself."""
+
+    def __init__(self, cpus: float, gpus: float, worker: type) -> None:
+        self._worker = worker
+        self._options = {"num_cpus": cpus, "num_gpus": gpus}
+        self._busy: dict[int, Any] = {}
+        self._idle: list[Any] = []
+
+    async def take(self, number: int) -> Any:
+        """The worker of a trial: the one that it has, an idle one, or a new one."""
+        if number not in self._busy:
+            new = self._idle.pop() if self._idle else None
+            self._busy[number] = new or ray.remote(self._worker).options(**self._options).remote()
+        return self._busy[number]
+
+    async def give_back(self, number: int, *, clean: bool) -> None:
+        """A trial has ended: its worker waits a moment for the next one, if it is ``clean``."""
+        worker = self._busy.pop(number, None)
+        if worker is None:
+            return
+        if not clean:
+            ray.kill(worker)
+            return
+        self._idle.append(worker)
+        await asyncio.sleep(IDLE_SECONDS)
+        if worker in self._idle:
+            self._idle.remove(worker)
+            ray.kill(worker)
+
+
+def start_pool(cpus: float, gpus: float, worker: type = TrialWorker) -> Any:
+    """A pool of this process, whose workers have that size each; it ends with the process."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1}
+    pool = ray.remote(WorkerPool).options(scheduling_strategy=here, **options)
+    return pool.remote(cpus, gpus, worker)
 
 
 class SweepTrial(tune.Trainable):
@@ -86,6 +133,11 @@ class SweepTrial(tune.Trainable):
         self._worker: Any = None
         self._failure: str | None = None
         self._ready = False
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Tune hands the actor of a trial that has ended to the next one."""
+        self.setup(new_config)
+        return True
 
     def step(self) -> dict[str, Any]:
         if self._failure is not None:
@@ -105,14 +157,6 @@ class SweepTrial(tune.Trainable):
             return self._fail(str(error))
         return {"report": report, "done": done}
 
-    def cleanup(self) -> None:
-        self._dismiss_worker()
-
-    def _dismiss_worker(self) -> None:
-        if self._worker is not None:
-            ray.kill(self._worker)
-            self._worker = None
-
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Nothing: the worker keeps its own checkpoints in the sweep's folder."""
 
@@ -130,29 +174,23 @@ class SweepTrial(tune.Trainable):
             except ray.exceptions.RayTaskError as error:
                 if not isinstance(error.cause, DamagedError) or attempt == MEND_ATTEMPTS - 1:
                     raise
-            self._dismiss_worker()
+            self._let_go()
             ray.get(self._order.broker.mend.remote(self._order.experts))
             self._ready = False
         raise AssertionError("not reached")
 
     def _next_report(self) -> tuple[bytes, bool]:
+        order = self._order
         for attempt in range(WORKER_ATTEMPTS):
-            if self._worker is None:
-                self._worker = (
-                    ray.remote(TrialWorker)
-                    .options(
-                        num_cpus=self._order.cpus,
-                        num_gpus=self._order.gpus,
-                        scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group=None),
-                    )
-                    .remote(self._order.spec)
-                )
             try:
+                if self._worker is None:
+                    self._worker = ray.get(order.pool.take.remote(order.number))
+                    self._worker.begin.remote(order.spec)
                 return ray.get(self._worker.report.remote())
             except ray.exceptions.RayTaskError:
                 raise
             except ray.exceptions.RayError:  # its process or its node is gone, or its memory
-                self._worker = None
+                self._let_go()
                 if attempt == WORKER_ATTEMPTS - 1:
                     raise UserError(
                         f"its worker was lost {WORKER_ATTEMPTS} times. "
@@ -160,32 +198,31 @@ class SweepTrial(tune.Trainable):
                     ) from None
         raise AssertionError("not reached")
 
+    def _let_go(self) -> None:
+        self._worker = None
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.get(self._order.pool.give_back.remote(self._order.number, clean=False))
+
     def _fail(self, reason: str) -> dict[str, Any]:
         self._failure = reason
         return {"failure": reason}
 
 
-def evaluate_finally(
-    specs: "list[FinalSpec]",
-    networks: int,
+def run_tasks(
+    calls: Sequence[tuple[Callable[..., Any], Any]],
     *,
     cpus: float,
     gpus: float,
-    at_once: int,
     tick: Callable[[], None],
-) -> list[list[tuple[float, float]]]:
-    """(validation, test) accuracies of ``networks`` fresh networks for every spec, in parallel.
+) -> list[Any]:
+    """The results of functions of one argument, run in parallel in tasks of that size.
 
     ``tick`` is called again and again while it lasts.
     """
-    from ftd_ray.trial import final_scores
-
-    task = ray.remote(final_scores).options(num_cpus=cpus, num_gpus=gpus, max_retries=3)
-    size = -(-networks // max(1, at_once))
-    shares = [range(i, min(i + size, networks)) for i in range(0, networks, size)]
-    pending = [[task.remote(spec, share) for share in shares] for spec in specs]
-    waiting = [ref for refs in pending for ref in refs]
+    options = {"num_cpus": cpus, "num_gpus": gpus, "max_retries": 3}
+    refs = [ray.remote(function).options(**options).remote(spec) for function, spec in calls]
+    waiting = list(refs)
     while waiting:
         _, waiting = ray.wait(waiting, timeout=0.5)
         tick()
-    return [[score for part in ray.get(refs) for score in part] for refs in pending]
+    return list(ray.get(refs))

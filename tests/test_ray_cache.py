@@ -499,7 +499,8 @@ def test_trial_in_a_worker_has_the_bits_of_one_that_reads_the_store_itself(tmp_p
     directly = [replace(r, seconds=0.0) for r in run_trial(spec)]
     here = ray.get_runtime_context().get_node_id()
     worker = on(here, ray.remote(TrialWorker))
-    worker = worker.remote(pickle.dumps(replace(spec, folder=f"{tmp_path}/w")))
+    worker = worker.remote()
+    worker.begin.remote(pickle.dumps(replace(spec, folder=f"{tmp_path}/w")))
     reports = []
     while not (reports and reports[-1].done):
         reports.append(pickle.loads(ray.get(worker.report.remote(), timeout=BOUND)[0]))

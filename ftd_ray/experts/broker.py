@@ -79,6 +79,7 @@ class _Wanted:
     epochs: int = 0
     present: set[int] = field(default_factory=set)
     built: dict[int, float] = field(default_factory=dict)
+    gpus: float = 0.0
 
 
 @dataclass
@@ -250,6 +251,7 @@ class Broker(Lingering):
                 wanted.present.add(index)
             if asker == payer and seconds is not None:
                 wanted.built[index] = wanted.built.get(index, 0.0) + seconds
+                wanted.gpus = job.fleet.size[1] if job.fleet is not None else 0.0
 
     async def _fleet(self, order: ExpertOrder) -> Fleet:
         """The actors of the size that the order says, or that a measurement says."""
@@ -378,6 +380,7 @@ class Broker(Lingering):
             epochs_left=left,
             curves={i: dict(c) for i, c in self._curves[key].items()},
             broker=self._id,
+            gpus=wanted.gpus,
         )
 
     def _nodes(self) -> dict[str, NodeStatus]:

@@ -112,7 +112,8 @@ class BrokerClient:
         for key, s in status.sets.items():
             if before := known.get(key):
                 since = before.ours & s.present if before.broker != s.broker else ()
-                s = replace(s, built=dict.fromkeys(since, 0.0) | before.built | s.built)
+                built = dict.fromkeys(since, 0.0) | before.built | s.built
+                s = replace(s, built=built, gpus=s.gpus or before.gpus)
             merged[key] = s
         self._notes_told = min(self._notes_told, len(status.notes))
         self.status = replace(status, sets=known | merged)

@@ -48,6 +48,8 @@ class SetStatus:
     """Expert -> epoch -> validation accuracy, of what was trained since the broker started."""
     broker: str
     """The process that says so; another one knows nothing of what the one before has built."""
+    gpus: float = 0.0
+    """The share of a GPU with which the last of them was built."""
 
 
 @dataclass(kw_only=True)

@@ -1,0 +1,150 @@
+"""The end of a sweep: the best trials by the full protocol, the winner on test, the baselines.
+
+Finalists are compared on validation images by fresh networks. Test images are used for the winner
+alone, once, beside what they say of random real images under the same protocol and of networks that
+were trained on all data.
+"""
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from ftd.data.dataset import Description
+from ftd.evaluate import Score
+from ftd.synthetic import SyntheticSet
+from ftd_ray.config import SweepConfig
+from ftd_ray.search import Ended
+from ftd_ray.shipping import Shipment
+from ftd_ray.storage import join
+from ftd_ray.trial import FinalSpec, WholeDataSpec, final_scores, whole_data_scores
+from ftd_ray.workers import run_tasks
+
+BASELINE_LR = 0.01
+
+
+class FinalEvaluation:
+    """Evaluates the finalists of one sweep in tasks of the size of a trial."""
+
+    def __init__(
+        self,
+        config: SweepConfig,
+        data: Description,
+        shipment: Shipment | None,
+        say: Callable[[str], None],
+        tick: Callable[[], None],
+    ):
+        self._config, self._data, self._shipment = config, data, shipment
+        self._say, self._tick = say, tick
+
+    def run(self, sets: Sequence[tuple[Ended, bytes]]) -> tuple[dict[str, Any], dict[str, bytes]]:
+        """The parts of a summary that say what came out, and the files of the winner's set.
+
+        ``sets`` are the best trials, the best first, each with the file of its synthetic set.
+        """
+        config, finalists = self._config, [trial for trial, _ in sets]
+        by_validation: list[dict[str, Any]] = []
+        winner, data = sets[0]
+        if len(finalists) > 1:
+            self._say(
+                f"final      the best {len(finalists)} trials on validation images, "
+                f"{self._protocol_text()}"
+            )
+            scores = self._final([self._final_spec(data, test=False) for _, data in sets])
+            full = [val for val, _ in scores]
+            winner, data = sets[max(range(len(full)), key=lambda i: full[i].mean)]
+            by_validation = [
+                {
+                    "trial": t.number,
+                    "params": t.params,
+                    "val_accuracy": t.value,
+                    "val_accuracy_full": score.to_json(),
+                }
+                for t, score in zip(finalists, full, strict=True)
+            ]
+        synthetic = SyntheticSet.load(io.BytesIO(data))
+        self._say(
+            f"final      trial {winner.number} and random real images on test images, "
+            f"{self._protocol_text()}; the experts for comparison"
+        )
+        rates = sorted({BASELINE_LR, synthetic.syn_lr})
+        (val, test), *baselines = self._final(
+            [self._final_spec(data), *(self._final_spec(data, baseline_lr=lr) for lr in rates)]
+        )
+        chosen = max(range(len(rates)), key=lambda i: baselines[i][0].mean)
+        random_real = baselines[chosen][1]
+        whole_data = self._whole_data(winner)
+        synthetic.provenance["scores"] = {
+            "validation": val.to_json(),
+            "test": test.to_json(),
+            "random_real_test": random_real.to_json(),
+            "whole_data_test": whole_data.to_json(),
+        }
+        files = {"synthetic.npz": synthetic.to_bytes(), "synthetic.png": synthetic.png()}
+        results = {
+            "best": {
+                "trial": winner.number,
+                "params": winner.params,
+                "val_accuracy": winner.value,
+                "val_accuracy_full": val.to_json(),
+                "test_accuracy": test.to_json(),
+                "artifact": join(config.output_dir, "best", "synthetic.npz"),
+            },
+            "baseline": {
+                "random_real": random_real.to_json() | {"lr": rates[chosen]},
+                "whole_data": whole_data.to_json(),
+            },
+            "finalists": by_validation,
+        }
+        return results, files
+
+    def _protocol_text(self) -> str:
+        e = self._config.evaluate
+        return f"{e.networks} fresh networks each, {e.epochs} epochs"
+
+    def _final_spec(self, data: bytes, **changes: Any) -> FinalSpec:
+        config = self._config
+        return FinalSpec(
+            dataset=config.dataset,
+            sender=self._shipment,
+            numerics=config.resources.trial_numerics,
+            seed=config.seed,
+            synthetic=data,
+            networks=range(config.evaluate.networks),
+            **changes,
+        )
+
+    def _final(self, specs: Sequence[FinalSpec]) -> list[tuple[Score, Score]]:
+        """(validation, test) of each, its networks trained in as many tasks as trials run."""
+        n = self._config.evaluate.networks
+        size = -(-n // self._config.search.concurrency)
+        shares = [range(i, min(i + size, n)) for i in range(0, n, size)]
+        calls = [
+            (final_scores, replace(spec, networks=share)) for spec in specs for share in shares
+        ]
+        parts = self._run(calls)
+        results = []
+        for i in range(0, len(parts), len(shares)):
+            pairs = [pair for part in parts[i : i + len(shares)] for pair in part]
+            results.append((Score(tuple(v for v, _ in pairs)), Score(tuple(t for _, t in pairs))))
+        return results
+
+    def _whole_data(self, winner: Ended) -> Score:
+        """What the winner's experts reach, which were trained on the whole training data."""
+        config = self._config
+        experts = config.at(winner.params).experts
+        spec = WholeDataSpec(
+            dataset=config.dataset,
+            sender=self._shipment,
+            numerics=config.resources.trial_numerics,
+            network=experts.network,
+            identity=config.identity(experts, self._data),
+            experts=min(experts.count, config.evaluate.networks),
+            epochs=experts.epochs,
+            store_uri=config.store.uri,
+        )
+        return Score(tuple(self._run([(whole_data_scores, spec)])[0]))
+
+    def _run(self, calls: Sequence[tuple[Callable[..., Any], Any]]) -> list[Any]:
+        r = self._config.resources
+        return run_tasks(calls, cpus=r.cpus_per_trial, gpus=r.gpus_per_trial, tick=self._tick)
