@@ -7,9 +7,12 @@ hooks of Tune lead to the same ``SweepStudy``, and what happens to a trial is to
 
 import os
 import pickle
+import shutil
+import tempfile
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from ray import tune
 from ray.tune import Callback, Stopper
 from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
@@ -17,7 +20,7 @@ from ray.tune.search import Searcher
 
 from ftd_ray.search import Ended, Suggestion, SweepStudy
 from ftd_ray.trial import Report
-from ftd_ray.workers import TrialOrder
+from ftd_ray.workers import LIGHT_BYTES, SweepTrial, TrialOrder
 
 
 class Listener(Protocol):
@@ -154,6 +157,47 @@ class Ticker(DriverOnly, Callback):
 
     def on_step_end(self, iteration: int, trials: list[TuneTrial], **info: Any) -> None:
         self._tick()
+
+
+def run_search(
+    study: SweepStudy,
+    listener: Listener,
+    *,
+    order: Callable[[Suggestion], TrialOrder],
+    tick: Callable[[], None],
+    over: Callable[[], bool],
+    trials: int,
+    concurrency: int,
+) -> None:
+    """Has Tune run ``trials`` more trials of the study, in actors that one takes from the other.
+
+    ``order`` says what work a suggestion is; ``tick`` is called at every turn of Tune's loop, and
+    what it raises ends the search; ``over`` ends it in good order, with trials under way left as
+    they are in the study.
+    """
+    scratch = tempfile.mkdtemp(prefix="ftd-tune-")
+    try:
+        tune.Tuner(
+            tune.with_resources(
+                SweepTrial, tune.PlacementGroupFactory([{"CPU": 0, "memory": LIGHT_BYTES}])
+            ),
+            tune_config=tune.TuneConfig(
+                search_alg=StudySearcher(study, order, listener),
+                scheduler=StudyScheduler(study, listener),
+                num_samples=trials,
+                max_concurrent_trials=concurrency,
+                reuse_actors=True,
+            ),
+            run_config=tune.RunConfig(
+                name="trials",
+                storage_path=scratch,
+                verbose=0,
+                callbacks=[Ticker(tick)],
+                stop=Halt(over),
+            ),
+        ).fit()
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _number(trial: TuneTrial) -> int:

@@ -4,9 +4,7 @@ import contextlib
 import io
 import json
 import pickle
-import shutil
 import signal
-import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -14,12 +12,11 @@ from typing import Any
 import pyarrow as pa
 import ray
 import yaml
-from ray import tune
 from rich.console import Console
 
 from ftd.errors import UserError
 from ftd.expert import set_key
-from ftd_ray.bridge import Halt, StudyScheduler, StudySearcher, Ticker
+from ftd_ray.bridge import run_search
 from ftd_ray.cluster import check_cluster, start_ray
 from ftd_ray.config import SweepConfig
 from ftd_ray.experts.client import BrokerClient
@@ -39,7 +36,7 @@ from ftd_ray.trial import (
     TrialSpec,
     forget_checkpoint,
 )
-from ftd_ray.workers import LIGHT_BYTES, SweepTrial, TrialOrder, start_pool
+from ftd_ray.workers import TrialOrder, start_pool
 
 STOPPED_BY = {"hours": "wall time", "gpu_hours": "GPU hours"}
 """Budgets, as a summary calls what ended a search before its last trial."""
@@ -69,6 +66,9 @@ class Sweep:
         self._best: dict[str, bytes] = {}
         """Files of the best set, by name."""
         self._pool: Any = None
+        self._phases: dict[str, float] = {}
+        self._phase_began = time.monotonic()
+        self._final_worked = 0.0
         self._sets = {s.key: s for s in plan.sets}
         self._experts = BrokerClient(config, plan.data)
         self._usage = Usage(
@@ -85,6 +85,7 @@ class Sweep:
         """Runs to the end; returns the exit code. Raises UserError or Interrupted."""
         start_ray(address)
         self._signals.arm()  # Ray has taken SIGTERM for itself
+        self._phase("start of Ray")
         try:
             check_cluster(self.config)
             if address is not None:  # nodes may come that have not got the data set
@@ -93,6 +94,7 @@ class Sweep:
                 self._open()
                 with self._progress:
                     self._search()
+                self._phase("search")
                 summary = self._conclude()
             except (Interrupted, KeyboardInterrupt) as interrupt:
                 self._interrupted()
@@ -171,30 +173,16 @@ class Sweep:
             return
         r = config.resources
         self._pool = start_pool(r.cpus_per_trial, r.gpus_per_trial)
-        scratch = tempfile.mkdtemp(prefix="ftd-tune-")
-        try:
-            tune.Tuner(
-                tune.with_resources(
-                    SweepTrial, tune.PlacementGroupFactory([{"CPU": 0, "memory": LIGHT_BYTES}])
-                ),
-                tune_config=tune.TuneConfig(
-                    search_alg=StudySearcher(self.study, self._order, self),
-                    scheduler=StudyScheduler(self.study, self),
-                    num_samples=left,
-                    max_concurrent_trials=config.search.concurrency,
-                    reuse_actors=True,
-                ),
-                run_config=tune.RunConfig(
-                    name="trials",
-                    storage_path=scratch,
-                    verbose=0,
-                    callbacks=[Ticker(self._tick)],
-                    stop=Halt(lambda: self._stopped_by is not None),
-                ),
-            ).fit()
-            self._experts.look()
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+        run_search(
+            self.study,
+            self,
+            order=self._order,
+            tick=self._tick,
+            over=lambda: self._stopped_by is not None,
+            trials=left,
+            concurrency=config.search.concurrency,
+        )
+        self._experts.look()
         if self._stopped_by:
             self._say(
                 f"budget     {self._budget_text()} is spent; the sweep ends with what is done"
@@ -212,6 +200,8 @@ class Sweep:
                 config, self.plan.data, self._experts.shipment, self._say, self._signals.check
             )
             results, self._best = final.run([(t, self._set_of(t)) for t in finalists])
+            self._phase("final")
+            self._final_worked = final.worked
             for name, content in self._best.items():
                 write_bytes(join(config.output_dir, "best", name), content)
             summary = self._summary("done") | results
@@ -219,6 +209,7 @@ class Sweep:
         self._publish(summary)
         with self._tracking():
             self.tracker.finish("FINISHED" if finalists else "FAILED")
+        self._phase("results")
         self._write_summary(summary)  # last: with it the sweep is over
         return summary
 
@@ -354,7 +345,7 @@ class Sweep:
         self._stopped_by = STOPPED_BY[spent]
         self._experts.end()
         if self._pool is not None:
-            ray.kill(self._pool)
+            self._pool.close.remote()
 
     def _budget_text(self) -> str:
         search = self.config.search
@@ -398,6 +389,12 @@ class Sweep:
             "objectives": list(config.search.objectives),
             **({"front": front} if several else {}),
             "budget": self._used(),
+            "phases": self._phases,
+            "worked": {
+                "experts": experts["seconds"],
+                "trials": self.study.trial_seconds(),
+                "final": self._final_worked,
+            },
             "mlflow": {
                 "tracking_uri": config.tracking.uri,
                 "experiment": config.experiment,
@@ -463,6 +460,12 @@ class Sweep:
 
     def _trial_folder(self, number: int) -> str:
         return join(self.config.output_dir, "trials", f"{number:04d}")
+
+    def _phase(self, name: str) -> None:
+        """A part of this session is over; a summary says how long each took."""
+        now = time.monotonic()
+        self._phases[name] = round(now - self._phase_began, 2)
+        self._phase_began = now
 
     def _seconds(self) -> float:
         return round(self._seconds_before + time.monotonic() - self._began, 1)

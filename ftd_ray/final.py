@@ -36,6 +36,8 @@ class FinalEvaluation:
     ):
         self._config, self._data, self._shipment = config, data, shipment
         self._say, self._tick = say, tick
+        self.worked = 0.0
+        """Seconds of all its tasks together."""
 
     def run(self, sets: Sequence[tuple[Ended, bytes]]) -> tuple[dict[str, Any], dict[str, bytes]]:
         """The parts of a summary that say what came out, and the files of the winner's set.
@@ -147,4 +149,6 @@ class FinalEvaluation:
 
     def _run(self, calls: Sequence[tuple[Callable[..., Any], Any]]) -> list[Any]:
         r = self._config.resources
-        return run_tasks(calls, cpus=r.cpus_per_trial, gpus=r.gpus_per_trial, tick=self._tick)
+        done = run_tasks(calls, cpus=r.cpus_per_trial, gpus=r.gpus_per_trial, tick=self._tick)
+        self.worked += sum(seconds for _, seconds in done)
+        return [result for result, _ in done]

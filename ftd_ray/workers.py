@@ -88,9 +88,19 @@ class WorkerPool:
         self._options = {"num_cpus": cpus, "num_gpus": gpus}
         self._busy: dict[int, Any] = {}
         self._idle: list[Any] = []
+        self._closed = False
+
+    async def close(self) -> None:
+        """Ends all workers, in the middle of whatever they do; there will be no others."""
+        self._closed = True
+        for worker in (*self._busy.values(), *self._idle):
+            ray.kill(worker)
+        self._busy, self._idle = {}, []
 
     async def take(self, number: int) -> Any:
         """The worker of a trial: the one that it has, an idle one, or a new one."""
+        if self._closed:
+            raise UserError("the search is over")
         if number not in self._busy:
             new = self._idle.pop() if self._idle else None
             self._busy[number] = new or ray.remote(self._worker).options(**self._options).remote()
@@ -99,7 +109,7 @@ class WorkerPool:
     async def give_back(self, number: int, *, clean: bool) -> None:
         """A trial has ended: its worker waits a moment for the next one, if it is ``clean``."""
         worker = self._busy.pop(number, None)
-        if worker is None:
+        if worker is None:  # it never had one, or has given it back
             return
         if not clean:
             ray.kill(worker)
@@ -214,15 +224,20 @@ def run_tasks(
     cpus: float,
     gpus: float,
     tick: Callable[[], None],
-) -> list[Any]:
+) -> list[tuple[Any, float]]:
     """The results of functions of one argument, run in parallel in tasks of that size.
 
-    ``tick`` is called again and again while it lasts.
+    Each with the seconds that it took. ``tick`` is called again and again while it lasts.
     """
     options = {"num_cpus": cpus, "num_gpus": gpus, "max_retries": 3}
-    refs = [ray.remote(function).options(**options).remote(spec) for function, spec in calls]
+    refs = [ray.remote(_timed).options(**options).remote(*call) for call in calls]
     waiting = list(refs)
     while waiting:
         _, waiting = ray.wait(waiting, timeout=0.5)
         tick()
     return list(ray.get(refs))
+
+
+def _timed(function: Callable[[Any], Any], spec: Any) -> tuple[Any, float]:
+    began = time.perf_counter()
+    return function(spec), time.perf_counter() - began

@@ -99,7 +99,7 @@ def open_study(folder: Path) -> SweepStudy:
         search=config.search,
         seed=config.seed,
         every=config.evaluate.every,
-        iterations=config.distill.iterations,
+        steps=config.distill.iterations,
     )
 
 
@@ -733,7 +733,7 @@ def test_sweep_from_before_a_key_was_there_agrees_with_its_default_alone(here, c
     capsys.readouterr()
     assert main(["sweep.yaml", "--resume", "--dry-run", "store.precision=float16"]) == 2
     said = capsys.readouterr().err
-    assert "was started with store.precision='float32', and now it is 'float16'" in said
+    assert "was started with store.precision='float32', and now it is store.precision='float16'" in said
 
 
 @pytest.mark.heavy
