@@ -23,7 +23,7 @@ from ftd.errors import Diverged, UserError
 from ftd.evaluate import EvaluateConfig, Protocol, evaluate, evaluate_random_real
 from ftd.expert import ExpertConfig, Numerics, identity, network_for, train_expert
 from ftd.synthetic import SyntheticSet
-from ftd.trajectory import PART_EPOCHS, ExpertSet
+from ftd.trajectory import ExpertSet
 
 SECTIONS: dict[str, type] = {
     "dataset": DatasetConfig,
@@ -63,16 +63,10 @@ def run_experts(args: argparse.Namespace) -> int:
         if resume is not None and resume.epoch >= config.epochs:
             print(f"expert {index}: {resume.epoch} epochs are there")
             continue
-        waiting = []
-        for snapshot in train_expert(
+        training = train_expert(
             config, data, index, epochs=config.epochs, resume=resume, device=device
-        ):
-            waiting.append(snapshot)
-            if snapshot.epoch and snapshot.epoch % PART_EPOCHS == 0:
-                store.append(index, waiting)
-                waiting = []
-        if waiting:
-            store.append(index, waiting)
+        )
+        *_, snapshot = store.record(index, training, last=config.epochs)
         print(
             f"expert {index}: {snapshot.epoch} epochs, "
             f"validation accuracy {100 * snapshot.val_accuracy:.1f} %",

@@ -29,7 +29,7 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -347,6 +347,18 @@ class ExpertSet:
             value = {"schema": SCHEMA_VERSION, "identity": self.identity}
             text = json.dumps(value, indent=1, sort_keys=True) + "\n"
             put(self.fs, f"{self.path}/set.json", text.encode(), once=True)
+
+    def record(
+        self, expert: int, snapshots: "Iterable[Snapshot]", *, last: int
+    ) -> "Iterator[Snapshot]":
+        """Passes snapshots on, publishing a part every few epochs and at epoch ``last``."""
+        part: list[Snapshot] = []
+        for snapshot in snapshots:
+            part.append(snapshot)
+            if snapshot.epoch == last or (snapshot.epoch and snapshot.epoch % PART_EPOCHS == 0):
+                self.append(expert, part)
+                part = []
+            yield snapshot
 
     def append(self, expert: int, snapshots: "Sequence[Snapshot]") -> Manifest:
         """Publishes further epochs of an expert; they must follow on those published.

@@ -113,7 +113,8 @@ class Progress:
     def trial_started(self, suggestion: Suggestion) -> None:
         self._began[suggestion.number] = time.monotonic()
         again = f" (repeat {suggestion.repeat}: another seed)" if suggestion.repeat else ""
-        self.say(f"trial {suggestion.number:3d}  {self._text(suggestion.params)}{again}")
+        first = f" ({suggestion.start_from})" if suggestion.start_from else ""
+        self.say(f"trial {suggestion.number:3d}  {self._text(suggestion.params)}{first}{again}")
 
     def trial_reported(self, number: int, report: Report) -> None:
         last = report.curve[-1]

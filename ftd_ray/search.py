@@ -367,7 +367,7 @@ def read_study(folder: str) -> tuple[list[Ended], Any] | None:
             storage = JournalStorage(JournalFileBackend(path))
             name = storage.get_all_studies()[0].study_name
             study = optuna.load_study(study_name=name, storage=storage)
-            trials = study.get_trials(deepcopy=False)
+            trials, attrs = study.get_trials(deepcopy=False), study.user_attrs
         except (ValueError, TypeError, KeyError, AssertionError, IndexError) as error:
             raise UserError(
                 f"{join(folder, STUDY_FILE)} is damaged ({type(error).__name__}). Restore it from "
@@ -375,8 +375,8 @@ def read_study(folder: str) -> tuple[list[Ended], Any] | None:
             ) from error
     own = [t for t in trials if EARLIER not in t.user_attrs]
     offset = len(trials) - len(own)
-    names = study.user_attrs.get("objectives", ["accuracy"])
-    return [_ended(t, offset, names) for t in own if t.state in ENDED], study.user_attrs.get("data")
+    names = attrs.get("objectives", ["accuracy"])
+    return [_ended(t, offset, names) for t in own if t.state in ENDED], attrs.get("data")
 
 
 class _Journal:

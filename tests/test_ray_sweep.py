@@ -733,7 +733,10 @@ def test_sweep_from_before_a_key_was_there_agrees_with_its_default_alone(here, c
     capsys.readouterr()
     assert main(["sweep.yaml", "--resume", "--dry-run", "store.precision=float16"]) == 2
     said = capsys.readouterr().err
-    assert "was started with store.precision='float32', and now it is store.precision='float16'" in said
+    assert (
+        "was started with store.precision='float32', and now it is store.precision='float16'"
+        in said
+    )
 
 
 @pytest.mark.heavy

@@ -14,7 +14,7 @@ import torch
 
 from ftd.data import Dataset, DatasetConfig, Sender, load
 from ftd.expert import ExpertConfig, Numerics, Snapshot, train_expert
-from ftd.trajectory import PART_EPOCHS, Overtaken
+from ftd.trajectory import Overtaken
 from ftd_ray.experts.orders import GpuFull
 from ftd_ray.store import TrajectoryStore
 
@@ -61,20 +61,16 @@ def _build(request: ExpertRequest, index: int, on_epoch: OnEpoch) -> None:
     data = _dataset(request.dataset, str(device), request.sender)
     experts = TrajectoryStore(request.store_uri).expert_set(request.identity)
     experts.create()
-    waiting: list[Snapshot] = []
     epochs = request.experts.epochs
-    for snapshot in train_expert(
+    training = train_expert(
         request.experts,
         data,
         index,
         epochs=epochs,
         resume=experts.resume_point(index),
         device=device,
-    ):
-        waiting.append(snapshot)
-        if snapshot.epoch == epochs or (snapshot.epoch and snapshot.epoch % PART_EPOCHS == 0):
-            experts.append(index, waiting)
-            waiting = []
+    )
+    for snapshot in experts.record(index, training, last=epochs):
         on_epoch(snapshot)
 
 
