@@ -23,9 +23,8 @@ lint: $(READY)
 bench: $(READY)  ## measure; writes benchmarks/results.json and benchmarks/README.md
 	$(BIN)/python -m benchmarks $(ARGS)
 
-ui: $(READY)  ## MLflow on this machine
-	@echo "MLflow: http://127.0.0.1:$(PORT)  (end with Ctrl-C)"
-	$(BIN)/mlflow server --host 127.0.0.1 --port $(PORT) --backend-store-uri sqlite:///mlflow.db
+ui: $(READY)  ## MLflow on this machine, at the newest sweep
+	$(BIN)/python -m ftd_ray.ui --port $(PORT) $(ARGS)
 
 docs: $(READY)  ## rewrite docs/configuration.md from the code
 	$(BIN)/python docs/generate.py

@@ -1,12 +1,11 @@
 """One run of a sweep: search, final evaluation, summary. What it is told, it tells on."""
 
 import contextlib
-import io
 import json
 import pickle
 import signal
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import pyarrow as pa
@@ -15,22 +14,22 @@ import yaml
 from rich.console import Console
 
 from ftd.errors import UserError
-from ftd.expert import set_key
 from ftd_ray.bridge import run_search
 from ftd_ray.cluster import check_cluster, start_ray
 from ftd_ray.config import SweepConfig
 from ftd_ray.experts.client import BrokerClient
 from ftd_ray.final import FinalEvaluation
-from ftd_ray.pictures import short_names, study_pictures
+from ftd_ray.pictures import short_names
 from ftd_ray.plan import Plan
 from ftd_ray.progress import Progress
+from ftd_ray.publish import publish
 from ftd_ray.results import result_text
 from ftd_ray.search import Ended, Suggestion, SweepStudy
 from ftd_ray.signals import Interrupted, Signals
 from ftd_ray.storage import PlaceError, join, read_bytes, write_bytes
 from ftd_ray.store import TrajectoryStore
 from ftd_ray.store.usage import Usage
-from ftd_ray.tracking import Tracker, tolerant
+from ftd_ray.tracking import Tracker
 from ftd_ray.trial import (
     Report,
     TrialSpec,
@@ -58,7 +57,7 @@ class Sweep:
         self._command, self._signals = command, signals
         self._began = time.monotonic()
         self._names = short_names(config.space)
-        self._warned = False
+        self._text = yaml.safe_dump(config.resolved(), sort_keys=False)
         self._halted = ""
         self._stopped_by: str | None = None
         self._account_told: dict[str, Any] = {}
@@ -109,8 +108,7 @@ class Sweep:
             except BaseException:
                 with contextlib.suppress(Exception):
                     self._write_summary(self._summary("failed"))
-                with contextlib.suppress(Exception):
-                    self.tracker.finish("FAILED")
+                self.tracker.finish("FAILED")
                 raise
             finally:
                 self._experts.end()
@@ -125,8 +123,7 @@ class Sweep:
 
     def _open(self) -> None:
         config = self.config
-        text = yaml.safe_dump(config.resolved(), sort_keys=False)
-        write_bytes(join(config.output_dir, "sweep.yaml"), text.encode())
+        write_bytes(join(config.output_dir, "sweep.yaml"), self._text.encode())
         self.study = SweepStudy(
             config.output_dir,
             name=config.name,
@@ -158,12 +155,12 @@ class Sweep:
         if ended:
             self._say(f"resumed    {len(ended)} of {config.search.trials} trials are done")
         self._progress.already_ended(ended)
-        with self._tracking():
-            self.tracker.start(
-                config.name, config.resolved(), self._names, self.study.recall("mlflow_run")
-            )
-            self.study.remember("mlflow_run", self.tracker.parent_id)
-            self.tracker.log_text(text, "sweep.yaml")
+        self.tracker.start(
+            config.name, config.resolved(), self._names, self.study.recall("mlflow_run")
+        )
+        self.study.remember("mlflow_run", self.tracker.parent_id)
+        self.tracker.reconcile(ended, lambda t: self.plan.expert_set(t.params))
+        self.tracker.log_text(self._text, "sweep.yaml")
 
     def _search(self) -> None:
         config = self.config
@@ -206,9 +203,11 @@ class Sweep:
                 write_bytes(join(config.output_dir, "best", name), content)
             summary = self._summary("done") | results
             summary["seconds"] = self._seconds()
-        self._publish(summary)
-        with self._tracking():
-            self.tracker.finish("FINISHED" if finalists else "FAILED")
+        self.tracker.fleet(self._experts.status, last=True)
+        publish(config, self.study, summary, self._best, self._text, self.tracker)
+        self.tracker.finish("FINISHED" if finalists else "FAILED")
+        self._tell_notes()
+        summary["mlflow"]["waiting"] = self.tracker.waiting
         self._phase("results")
         self._write_summary(summary)  # last: with it the sweep is over
         return summary
@@ -226,26 +225,21 @@ class Sweep:
 
     def trial_started(self, suggestion: Suggestion) -> None:
         self._progress.trial_started(suggestion)
-        experts = self.config.at(suggestion.params).experts
-        identity = self.config.identity(experts, self.plan.data)
-        key = set_key(identity)
-        source = TrajectoryStore(self.config.store.uri).location(key)
-        with self._tracking():
-            self.tracker.expert_set(key, identity, source, dict(self._sets[key].params))
-            self.tracker.trial_started(suggestion, key, source)
+        key, place = self.plan.expert_set(suggestion.params)
+        identity = self.config.identity(self.config.at(suggestion.params).experts, self.plan.data)
+        self.tracker.expert_set(key, identity, place, dict(self._sets[key].params))
+        self.tracker.trial_started(suggestion, key, place)
 
     def trial_reported(self, number: int, report: Report) -> None:
         self._progress.trial_reported(number, report)
-        with self._tracking():
-            self.tracker.trial_reported(number, report)
+        self.tracker.trial_reported(number, report)
 
     def trial_ended(self, ended: Ended) -> None:
         self._pool.give_back.remote(ended.number, clean=ended.state != "failed")
         self._progress.trial_ended(ended)
         forget_checkpoint(self._trial_folder(ended.number))
         self._remember()
-        with self._tracking():
-            self.tracker.trial_ended(ended)
+        self.tracker.trial_ended(ended)
 
     def halted(self, number: int, reason: str) -> None:
         """A trial's files are out of reach, and will be for all others: the loop ends."""
@@ -294,10 +288,8 @@ class Sweep:
             self._progress.experts(self._experts.status)
             self._remember_experts()  # a killed driver built them too
             self._watch_budget()
-            for note in self._experts.new_notes():
-                self._say(f"warning    {note}")
-            with self._tracking():
-                self.tracker.fleet(self._experts.status)
+            self.tracker.fleet(self._experts.status)
+            self._tell_notes()
 
     def _expert_account(self) -> dict[str, Any]:
         """What this sweep built and what it found, over all its sessions."""
@@ -389,6 +381,7 @@ class Sweep:
             "objectives": list(config.search.objectives),
             **({"front": front} if several else {}),
             "budget": self._used(),
+            "command": self._command,
             "phases": self._phases,
             "worked": {
                 "experts": experts["seconds"],
@@ -420,26 +413,11 @@ class Sweep:
                 total += sum(part.bytes for part in manifest.parts) if manifest else 0
         return total
 
-    def _publish(self, summary: dict[str, Any]) -> None:
-        """Pictures, expert sets and the best set to MLflow, pictures to the folder too."""
-
-        pictures = study_pictures(self.study.ended(), self.config.space)
-        for name, figure in pictures.items():
-            buffer = io.BytesIO()
-            figure.savefig(buffer, dpi=110)
-            write_bytes(join(self.config.output_dir, f"{name}.png"), buffer.getvalue())
-        with self._tracking():
-            self.tracker.fleet(self._experts.status, last=True)
-            for name, figure in pictures.items():
-                self.tracker.log_figure(figure, f"{name}.png")
-            self.tracker.log_files(self._best, "best")
-            self.tracker.log_summary(summary)
-
     def _interrupted(self) -> None:
         with contextlib.suppress(Exception):
             self._write_summary(self._summary("interrupted"))
-        with contextlib.suppress(Exception):
-            self.tracker.finish("KILLED")
+        self.tracker.finish("KILLED")
+        self._tell_notes()
         done = len(self.study.ended()) if hasattr(self, "study") else 0
         self._say(f"interrupted with {done} of {self.config.search.trials} trials done. Go on by:")
         self._say(f"  {self._command}")
@@ -448,15 +426,9 @@ class Sweep:
         text = json.dumps(summary, indent=2) + "\n"
         write_bytes(join(self.config.output_dir, "summary.json"), text.encode())
 
-    @contextlib.contextmanager
-    def _tracking(self) -> Iterator[None]:
-        def warn(text: str) -> None:
-            if not self._warned:
-                self._warned = True
-                self._say(f"warning    {text}")
-
-        with tolerant(warn):
-            yield
+    def _tell_notes(self) -> None:
+        for note in [*self._experts.new_notes(), *self.tracker.new_notes()]:
+            self._say(f"warning    {note}")
 
     def _trial_folder(self, number: int) -> str:
         return join(self.config.output_dir, "trials", f"{number:04d}")

@@ -94,7 +94,7 @@ class FinalEvaluation:
             },
             "baseline": {
                 "random_real": random_real.to_json() | {"lr": rates[chosen]},
-                "whole_data": whole_data.to_json(),
+                "whole_data": whole_data.to_json() | {"epochs": self._epochs_of(winner)},
             },
             "finalists": by_validation,
         }
@@ -146,6 +146,9 @@ class FinalEvaluation:
             store_uri=config.store.uri,
         )
         return Score(tuple(self._run([(whole_data_scores, spec)])[0]))
+
+    def _epochs_of(self, trial: Ended) -> int:
+        return self._config.at(trial.params).experts.epochs
 
     def _run(self, calls: Sequence[tuple[Callable[..., Any], Any]]) -> list[Any]:
         r = self._config.resources

@@ -4,6 +4,7 @@ import contextlib
 import os
 import shutil
 from dataclasses import dataclass
+from typing import Any
 
 from ftd.data import describe
 from ftd.data.dataset import Description
@@ -63,6 +64,12 @@ class Plan:
     @property
     def bytes_missing(self) -> int:
         return sum(s.bytes_missing for s in self.sets)
+
+    def expert_set(self, params: dict[str, Any]) -> tuple[str, str]:
+        """Key and place of the expert set of a point."""
+        c = self.config
+        key = set_key(c.identity(c.at(params).experts, self.data))
+        return key, TrajectoryStore(c.store.uri).location(key)
 
     def disk_free(self) -> int | None:
         """Bytes free at the store, where it is on this machine."""

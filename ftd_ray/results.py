@@ -11,6 +11,13 @@ LOCAL_UI = "http://127.0.0.1:5000"
 """Where `make ui` serves MLflow."""
 
 
+def _whole_data(baseline: dict[str, Any]) -> str:
+    if (whole := baseline.get("whole_data")) is None:
+        return ""
+    accuracy = f"{100 * whole['mean']:.1f} ± {100 * whole['std']:.1f} %"
+    return f"; the experts, {whole['epochs']} epochs on all data, {accuracy}"
+
+
 def _front_line(point: dict[str, Any], space: Sequence[Dimension]) -> str:
     values = dict(point["values"])
     accuracy = 100 * values.pop("accuracy")
@@ -48,7 +55,7 @@ def result_text(summary: dict[str, Any], space: Sequence[Dimension]) -> str:
             + (f", the best of {finalists} finalists" if finalists else ""),
             f"test        {score(best['test_accuracy'])} over {best['test_accuracy']['n']} fresh "
             f"networks; random real images {score(baseline['random_real'])}"
-            + (f"; all data {score(baseline['whole_data'])}" if "whole_data" in baseline else ""),
+            + _whole_data(baseline),
             *(_front_line(p, space) for p in summary.get("front", ())),
             f"set         {best['artifact']}",
         ]

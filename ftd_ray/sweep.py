@@ -11,15 +11,16 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from rich.console import Console
 
 from ftd.errors import UserError
 from ftd_ray.command import check_room, exit_code, open_tracker, reachable
-from ftd_ray.config import load_config
+from ftd_ray.config import SweepConfig, load_config
 from ftd_ray.earlier import read_earlier
 from ftd_ray.folder import check_same, finished_summary, only_one, saved_sweep
-from ftd_ray.plan import lacking, machine_resources, make_plan
+from ftd_ray.plan import Plan, lacking, machine_resources, make_plan
 from ftd_ray.results import result_text
 from ftd_ray.search import has_begun
 from ftd_ray.signals import signals
@@ -61,6 +62,8 @@ def _main(args: argparse.Namespace, console: Console) -> int:
     if saved is not None and args.resume:
         changes = check_same(saved, config)
         if (summary := finished_summary(config)) is not None:
+            if summary["mlflow"].get("waiting"):
+                _send_late(config, plan, summary, console)
             console.print(result_text(summary, config.space), soft_wrap=True, markup=False)
             return 0 if summary["state"] == "done" else 1
     probe(config.output_dir, "output.dir")
@@ -79,6 +82,18 @@ def _main(args: argparse.Namespace, console: Console) -> int:
     command = _resume_command(args)
     with signals() as handled, only_one(config.output_dir):
         return Sweep(config, plan, tracker, console, command, handled).run(address)
+
+
+def _send_late(config: SweepConfig, plan: Plan, summary: dict[str, Any], console: Console) -> None:
+    from ftd_ray.publish import send_late  # brings matplotlib
+
+    waiting = summary["mlflow"]["waiting"]
+    tracker = open_tracker(config, dry_run=False)
+    left = send_late(config, summary, lambda t: plan.expert_set(t.params), tracker)
+    said = f"{left} entries are still waiting" if left else "and it has everything now"
+    console.print(
+        f"mlflow     had not got {waiting} entries at the end of the sweep, {said}", markup=False
+    )
 
 
 def _resume_command(args: argparse.Namespace) -> str:

@@ -190,14 +190,17 @@ class Look:
 
     def __init__(self, tracker: Tracker) -> None:
         self.client = MlflowClient(tracking_uri=tracker.uri)
+        self.drain = lambda: tracker.drain(60)
         self.parent = tracker.parent_id
         self.experiment = tracker.experiment_id
 
     def run_of(self, key: str) -> Any:
+        assert self.drain() == 0
         (run,) = self.client.search_runs([self.experiment], f"tags.`ftd.expert_set` = '{key}'")
         return run
 
     def history(self, run_id: str, metric: str) -> list[tuple[int, float]]:
+        assert self.drain() == 0
         found = self.client.get_metric_history(run_id, metric)
         return sorted((m.step, m.value) for m in found)
 
@@ -209,6 +212,7 @@ def test_experts_in_training_are_metrics_of_their_set_and_of_the_fleet(tracker):
         a = set_status(2, present, present, running={1: 0}, curves=curves)
         sets = {"aaaa": a, "bbbb": set_status(2)}
         tracker.fleet(FleetStatus(sets=sets, nodes=nodes((1, 0.5), (2, 1.5))))
+        tracker.drain(60)  # the same value in the same millisecond would be one
     run = look.run_of("aaaa")
     assert run.info.status == "RUNNING"
     assert look.history(run.info.run_id, "experts_done") == [(3, 0), (50, 1)]
@@ -281,5 +285,6 @@ def test_words_of_the_fleet_are_written_every_few_seconds_and_at_once_when_a_set
 
 def test_no_fleet_no_metrics_of_it(tracker):
     tracker.fleet(FleetStatus(sets={"aaaa": set_status(2, 2)}))
+    assert tracker.drain(60) == 0
     parent = MlflowClient(tracking_uri=tracker.uri).get_run(tracker.parent_id)
     assert [m for m in parent.data.metrics if m.startswith("fleet/")] == []

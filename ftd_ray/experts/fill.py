@@ -1,6 +1,5 @@
 """Filling a store ahead of a sweep: one order for each expert set, followed to the end."""
 
-import contextlib
 import time
 from typing import Any
 
@@ -20,7 +19,7 @@ from ftd_ray.signals import Interrupted, Signals
 from ftd_ray.storage import PlaceError, place_error
 from ftd_ray.store import TrajectoryStore
 from ftd_ray.store.usage import Usage
-from ftd_ray.tracking import Tracker, tolerant
+from ftd_ray.tracking import Tracker
 
 
 class Fill:
@@ -37,7 +36,6 @@ class Fill:
         )
         self._progress = Progress(console, 0, 0, short_names(config.space))
         self._say = self._progress.say
-        self._warned = False
 
     def run(self, address: str | None) -> int:
         """Runs to the end; returns the exit code. Raises UserError or Interrupted."""
@@ -63,8 +61,8 @@ class Fill:
         finally:
             self._client.end()
             self._usage.end()
-            with contextlib.suppress(Exception):
-                self.tracker.finish(state)
+            self.tracker.finish(state)
+            self._tell_notes()
             ray.shutdown()
         sets = self._client.status.sets.values()
         built, there = sum(len(s.built) for s in sets), sum(len(s.present) for s in sets)
@@ -107,27 +105,23 @@ class Fill:
 
     def _tell(self, *, last: bool = False) -> None:
         self._progress.experts(self._client.status)
-        for note in self._client.new_notes():
-            self._say(f"warning    {note}")
-        with tolerant(self._warn):
-            self.tracker.fleet(self._client.status, last=last)
+        self.tracker.fleet(self._client.status, last=last)
+        self._tell_notes()
 
     def _open_tracker(self) -> None:
         config, names = self.config, short_names(self.config.space)
-        with tolerant(self._warn):
-            self.tracker.start(
-                f"{config.name} experts",
-                config.resolved(),
-                names,
-                None,
-                kind="fill",
-                note="Experts trained ahead of a sweep; their sets lie below.",
-            )
-            for s in self.plan.sets:
-                identity: dict[str, Any] = config.identity(s.experts, self.plan.data)
-                self.tracker.expert_set(s.key, identity, self._store.location(s.key), s.params)
+        self.tracker.start(
+            f"{config.name} experts",
+            config.resolved(),
+            names,
+            None,
+            kind="fill",
+            note="Experts trained ahead of a sweep; their sets lie below.",
+        )
+        for s in self.plan.sets:
+            identity: dict[str, Any] = config.identity(s.experts, self.plan.data)
+            self.tracker.expert_set(s.key, identity, self._store.location(s.key), s.params)
 
-    def _warn(self, text: str) -> None:
-        if not self._warned:
-            self._warned = True
-            self._say(f"warning    {text}")
+    def _tell_notes(self) -> None:
+        for note in [*self._client.new_notes(), *self.tracker.new_notes()]:
+            self._say(f"warning    {note}")
