@@ -168,8 +168,7 @@ class Sweep:
         self._watch_budget()
         if left <= 0 or self._stopped_by:
             return
-        r = config.resources
-        self._pool = start_pool(r.cpus_per_trial, r.gpus_per_trial)
+        self._open_pool()
         run_search(
             self.study,
             self,
@@ -194,7 +193,12 @@ class Sweep:
             summary = self._summary("failed")
         else:
             final = FinalEvaluation(
-                config, self.plan.data, self._experts.shipment, self._say, self._signals.check
+                config,
+                self.plan.data,
+                self._experts.shipment,
+                self._open_pool(),
+                self._say,
+                self._signals.check,
             )
             results, self._best = final.run([(t, self._set_of(t)) for t in finalists])
             self._phase("final")
@@ -208,9 +212,16 @@ class Sweep:
         self.tracker.finish("FINISHED" if finalists else "FAILED")
         self._tell_notes()
         summary["mlflow"]["waiting"] = self.tracker.waiting
+        summary["report"] = join(config.output_dir, "report.html")
         self._phase("results")
         self._write_summary(summary)  # last: with it the sweep is over
         return summary
+
+    def _open_pool(self) -> Any:
+        r = self.config.resources
+        if self._pool is None:
+            self._pool = start_pool(r.cpus_per_trial, r.gpus_per_trial)
+        return self._pool
 
     def _set_of(self, trial: Ended) -> bytes:
         data = read_bytes(join(self._trial_folder(trial.number), "synthetic.npz"))
@@ -235,7 +246,8 @@ class Sweep:
         self.tracker.trial_reported(number, report)
 
     def trial_ended(self, ended: Ended) -> None:
-        self._pool.give_back.remote(ended.number, clean=ended.state != "failed")
+        if self._pool is not None:
+            self._pool.give_back.remote(ended.number, clean=ended.state != "failed")
         self._progress.trial_ended(ended)
         forget_checkpoint(self._trial_folder(ended.number))
         self._remember()
@@ -270,10 +282,12 @@ class Sweep:
             cache_bytes=config.store.cache_mb * 2**20,
             folder=self._trial_folder(suggestion.number),
         )
+        experts = self._experts.order(point.experts, urgent=True)
+        self._experts.broker.ensure.remote(experts)  # before the trial's own process asks
         return TrialOrder(
             number=suggestion.number,
             spec=pickle.dumps(spec),
-            experts=self._experts.order(point.experts, urgent=True),
+            experts=experts,
             broker=self._experts.broker,
             pool=self._pool,
         )
@@ -338,6 +352,7 @@ class Sweep:
         self._experts.end()
         if self._pool is not None:
             self._pool.close.remote()
+            self._pool = None
 
     def _budget_text(self) -> str:
         search = self.config.search

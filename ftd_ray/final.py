@@ -18,26 +18,27 @@ from ftd_ray.search import Ended
 from ftd_ray.shipping import Shipment
 from ftd_ray.storage import join
 from ftd_ray.trial import FinalSpec, WholeDataSpec, final_scores, whole_data_scores
-from ftd_ray.workers import run_tasks
+from ftd_ray.workers import run_calls
 
 BASELINE_LR = 0.01
 
 
 class FinalEvaluation:
-    """Evaluates the finalists of one sweep in tasks of the size of a trial."""
+    """Evaluates the finalists of one sweep by workers of its pool."""
 
     def __init__(
         self,
         config: SweepConfig,
         data: Description,
         shipment: Shipment | None,
+        pool: Any,
         say: Callable[[str], None],
         tick: Callable[[], None],
     ):
         self._config, self._data, self._shipment = config, data, shipment
-        self._say, self._tick = say, tick
+        self._pool, self._say, self._tick = pool, say, tick
         self.worked = 0.0
-        """Seconds of all its tasks together."""
+        """Seconds of all its workers together."""
 
     def run(self, sets: Sequence[tuple[Ended, bytes]]) -> tuple[dict[str, Any], dict[str, bytes]]:
         """The parts of a summary that say what came out, and the files of the winner's set.
@@ -117,14 +118,13 @@ class FinalEvaluation:
         )
 
     def _final(self, specs: Sequence[FinalSpec]) -> list[tuple[Score, Score]]:
-        """(validation, test) of each, its networks trained in as many tasks as trials run."""
+        """(validation, test) of each, its networks trained by as many workers as trials have."""
         n = self._config.evaluate.networks
         size = -(-n // self._config.search.concurrency)
         shares = [range(i, min(i + size, n)) for i in range(0, n, size)]
-        calls = [
-            (final_scores, replace(spec, networks=share)) for spec in specs for share in shares
-        ]
-        parts = self._run(calls)
+        parts = self._run(
+            [(final_scores, replace(spec, networks=share)) for spec in specs for share in shares]
+        )
         results = []
         for i in range(0, len(parts), len(shares)):
             pairs = [pair for part in parts[i : i + len(shares)] for pair in part]
@@ -147,11 +147,11 @@ class FinalEvaluation:
         )
         return Score(tuple(self._run([(whole_data_scores, spec)])[0]))
 
-    def _epochs_of(self, trial: Ended) -> int:
-        return self._config.at(trial.params).experts.epochs
-
-    def _run(self, calls: Sequence[tuple[Callable[..., Any], Any]]) -> list[Any]:
-        r = self._config.resources
-        done = run_tasks(calls, cpus=r.cpus_per_trial, gpus=r.gpus_per_trial, tick=self._tick)
+    def _run(self, calls: Sequence[tuple[Callable[[Any], Any], Any]]) -> list[Any]:
+        at_once = self._config.search.concurrency
+        done = run_calls(self._pool, calls, at_once=at_once, tick=self._tick)
         self.worked += sum(seconds for _, seconds in done)
         return [result for result, _ in done]
+
+    def _epochs_of(self, trial: Ended) -> int:
+        return self._config.at(trial.params).experts.epochs

@@ -10,7 +10,7 @@ from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -136,7 +136,7 @@ def report_html(
 
 @cache
 def _template() -> Template:
-    source = files("ftd_ray").joinpath("report.html.j2").read_text("utf-8")
+    source = Path(__file__).with_name("report.html.j2").read_text("utf-8")
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

@@ -59,6 +59,8 @@ def result_text(summary: dict[str, Any], space: Sequence[Dimension]) -> str:
             *(_front_line(p, space) for p in summary.get("front", ())),
             f"set         {best['artifact']}",
         ]
+    if "report" in summary:
+        lines.append(f"report      {summary['report']}")
     mlflow = summary["mlflow"]
     if mlflow["tracking_uri"].startswith("http"):
         lines.append(f"mlflow      {mlflow['tracking_uri']}{mlflow['trials_path']}")

@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import pickle
 import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -78,6 +79,11 @@ class TrialWorker:
     def report(self) -> tuple[bytes, bool]:
         report = next(self._reports)
         return pickle.dumps(report), report.done
+
+    def call(self, function: Callable[[Any], Any], spec: Any) -> tuple[Any, float]:
+        """What a function makes of a specification, and the seconds that it took."""
+        began = time.perf_counter()
+        return function(spec), time.perf_counter() - began
 
 
 class WorkerPool:
@@ -218,26 +224,41 @@ class SweepTrial(tune.Trainable):
         return {"failure": reason}
 
 
-def run_tasks(
-    calls: Sequence[tuple[Callable[..., Any], Any]],
+def run_calls(
+    pool: Any,
+    calls: Sequence[tuple[Callable[[Any], Any], Any]],
     *,
-    cpus: float,
-    gpus: float,
+    at_once: int,
     tick: Callable[[], None],
 ) -> list[tuple[Any, float]]:
-    """The results of functions of one argument, run in parallel in tasks of that size.
+    """The results of functions of one argument, worked out by workers of the pool.
 
     Each with the seconds that it took. ``tick`` is called again and again while it lasts.
     """
-    options = {"num_cpus": cpus, "num_gpus": gpus, "max_retries": 3}
-    refs = [ray.remote(_timed).options(**options).remote(*call) for call in calls]
-    waiting = list(refs)
-    while waiting:
-        _, waiting = ray.wait(waiting, timeout=0.5)
+    results: list[Any] = [None] * len(calls)
+    waiting, lost = deque(range(len(calls))), Counter[int]()
+    free = list(range(-at_once, 0))
+    running: dict[Any, tuple[int, int]] = {}
+    while waiting or running:
+        while waiting and free:
+            call, lane = waiting.popleft(), free.pop()
+            worker = ray.get(pool.take.remote(lane))
+            running[worker.call.remote(*calls[call])] = call, lane
+        ready, _ = ray.wait(list(running), timeout=0.5)
         tick()
-    return list(ray.get(refs))
-
-
-def _timed(function: Callable[[Any], Any], spec: Any) -> tuple[Any, float]:
-    began = time.perf_counter()
-    return function(spec), time.perf_counter() - began
+        for ref in ready:
+            call, lane = running.pop(ref)
+            free.append(lane)
+            try:
+                results[call] = ray.get(ref)
+            except ray.exceptions.RayTaskError:
+                raise
+            except ray.exceptions.RayError:  # its process or its node is gone, or its memory
+                lost[call] += 1
+                if lost[call] == WORKER_ATTEMPTS:
+                    raise
+                ray.get(pool.give_back.remote(lane, clean=False))
+                waiting.append(call)
+    for lane in free:
+        pool.give_back.remote(lane, clean=False)
+    return results
