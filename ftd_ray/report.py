@@ -197,6 +197,12 @@ def _headline(
     ]
 
 
+def _whole_data(baseline: Mapping[str, Any] | None) -> str:
+    """The experts are what was trained on all data, for as long as experts are."""
+    epochs = (baseline or {}).get("epochs")
+    return f"test: experts, {epochs} epochs on all data" if epochs else "test: whole data set"
+
+
 def _bars(summary: Mapping[str, Any]) -> list[Bar]:
     """Accuracies side by side, on one axis from 0."""
     best, baseline = summary.get("best"), summary.get("baseline") or {}
@@ -206,7 +212,7 @@ def _bars(summary: Mapping[str, Any]) -> list[Bar]:
     shown = [
         ("test: best set", best.get("test_accuracy"), "best"),
         ("test: random real images", baseline.get("random_real"), "baseline"),
-        ("test: whole data set", baseline.get("whole_data"), "baseline"),
+        (_whole_data(baseline.get("whole_data")), baseline.get("whole_data"), "baseline"),
         ("validation: as selected on", selected, "validation"),
         ("validation: full protocol", best.get("val_accuracy_full"), "validation"),
     ]
