@@ -95,8 +95,11 @@ class DistillConfig:
                     f"Take one of {', '.join(allowed)}."
                 )
 
-    def check(self, *, epochs: int, per_class: tuple[int, ...]) -> None:
-        """Raises UserError if ``epochs`` of the experts or the training images do not suffice."""
+    def check(self, *, epochs: int, per_class: tuple[int, ...] | None) -> None:
+        """Raises UserError if ``epochs`` of the experts or the training images do not suffice.
+
+        ``per_class`` is None before the data are known, and then there are enough images.
+        """
         needed = self.max_start_epoch - 1 + self.expert_epochs
         if needed > epochs:
             raise UserError(
@@ -104,6 +107,8 @@ class DistillConfig:
                 f"{self.expert_epochs} needs {needed} epochs; experts have {epochs}. "
                 "Lower either, or raise experts.epochs."
             )
+        if per_class is None:
+            return
         if self.ipc > min(per_class):
             raise UserError(
                 f"distill.ipc={self.ipc} is above the {min(per_class)} training images that the "

@@ -2,7 +2,13 @@
 
 
 class UserError(ValueError):
-    """The input is wrong: the message gives the rule, the value and the remedy on one line."""
+    """The input is wrong: the message gives the rule, the value and the remedy on one line.
+
+    Whatever a user wrote may stand in it: line breaks and the like are shown as escapes.
+    """
+
+    def __init__(self, message: str):
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
 
 
 class Diverged(ArithmeticError):

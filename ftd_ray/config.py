@@ -23,7 +23,6 @@ from ftd.distill import DistillConfig
 from ftd.errors import UserError
 from ftd.evaluate import EvaluateConfig
 from ftd.expert import ExpertConfig, identity, network_for
-from ftd_ray.presets import preset
 from ftd_ray.rules import check
 from ftd_ray.sections import (
     OutputConfig,
@@ -36,7 +35,6 @@ from ftd_ray.space import (
     Dimension,
     in_order,
     is_dimension,
-    is_same,
     parse_dimension,
     points,
     with_parents,
@@ -84,17 +82,6 @@ class Point:
 
     experts: ExpertConfig
     distill: DistillConfig
-
-
-@dataclass(frozen=True)
-class StartPoint:
-    """A point to try first."""
-
-    label: str
-    params: dict[str, Any]
-    """Of the dimensions that it names; the others are sampled."""
-    others: dict[str, tuple[Any, Any]]
-    """Keys that the sweep fixes otherwise than the preset: (here, in the preset)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,18 +140,18 @@ class SweepConfig:
                         f"the dimensions {keys} have over {MAX_POINTS} combinations, which are "
                         "checked one by one. Give them fewer values."
                     )
-                yield self._completed(combination, dims)
+                yield self.completed(combination, dims)
         for d in self.space:
             dims = with_parents([d], self.space)
             for combination in points(dims):
                 if d.key in combination:
-                    yield self._completed(combination, dims)
+                    yield self.completed(combination, dims)
 
     def first_point(self) -> dict[str, Any]:
         """Every dimension that exists there at its first value."""
-        return self._completed({}, ())
+        return self.completed({}, ())
 
-    def _completed(
+    def completed(
         self, params: dict[str, Any], dims: typing.Collection[Dimension]
     ) -> dict[str, Any]:
         """``params``, which say all about ``dims``, with the other dimensions at first values."""
@@ -192,58 +179,6 @@ class SweepConfig:
             experts = {k.partition(".")[2]: v for k, v in params.items()}
             found.append((params, _build("experts", self._literals("experts") | experts)))
         return found
-
-    def start_points(self) -> list[StartPoint]:
-        """The points to try first. Raises UserError for what is no point of the space."""
-        found: list[StartPoint] = []
-        for i, entry in enumerate(self.search.start_from):
-            point = self._start_point(f"search.start_from[{i}]", entry)
-            same = next((p for p in found if p.params == point.params), None)
-            if same is not None:
-                raise UserError(
-                    f"search.start_from[{i}]={point.label} is the same point as {same.label}. Name "
-                    "it once."
-                )
-            found.append(point)
-        return found
-
-    def _start_point(self, where: str, entry: str | dict[str, Any]) -> StartPoint:
-        wanted = preset(entry) if isinstance(entry, str) else entry
-        label = entry if isinstance(entry, str) else "{" + ", ".join(
-            f"{k}: {v}" for k, v in entry.items()
-        ) + "}"  # fmt: skip
-        known = {d.key: d for d in self.space}
-        if isinstance(entry, dict):
-            for key in entry:
-                if key not in known:
-                    near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
-                    hint = f"Did you mean {near[0]}?" if near else f"It has {', '.join(known)}."
-                    raise UserError(f"{where}: {key} is no dimension of the search. {hint}")
-        params: dict[str, Any] = {}
-        for d in self.space:
-            if d.key not in wanted:
-                continue
-            if not d.active(params):
-                if isinstance(entry, dict):
-                    raise UserError(
-                        f"{where}: {d.key} does not exist at that point ({d.key} is {d}). Leave it "
-                        "out, or name what it depends on."
-                    )
-                continue
-            value = d.member(wanted[d.key])
-            if value is None:
-                raise UserError(
-                    f"{where}={label}: {d.key}={wanted[d.key]!r} is not in the search ({d}). Add "
-                    "it to the dimension, or leave the point out."
-                )
-            params[d.key] = value
-        at = self.at(self._completed(params, ()))
-        others = {}
-        for key, value in wanted.items():
-            section, _, name = key.partition(".")
-            if key not in params and not is_same(value, getattr(getattr(at, section), name)):
-                others[key] = (getattr(getattr(at, section), name), value)
-        return StartPoint(label, params, others)
 
     def identity(self, experts: ExpertConfig, data: Description) -> dict[str, Any]:
         """The identity of the expert set of ``experts`` in this sweep."""

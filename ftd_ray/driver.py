@@ -21,6 +21,7 @@ from ftd_ray.experts.client import BrokerClient
 from ftd_ray.final import FinalEvaluation
 from ftd_ray.pictures import short_names
 from ftd_ray.plan import Plan
+from ftd_ray.presets import start_points
 from ftd_ray.progress import Progress
 from ftd_ray.publish import publish
 from ftd_ray.results import result_text
@@ -132,7 +133,7 @@ class Sweep:
             seed=config.seed,
             every=config.evaluate.every,
             steps=max(config.values_of("distill.iterations")) * config.search.repeats,
-            start=config.start_points(),
+            start=start_points(config),
             earlier=self.plan.earlier.trials if self.plan.earlier else (),
             shares={
                 "gpu_seconds": config.resources.gpus_per_trial,
@@ -414,6 +415,7 @@ class Sweep:
                 "test": "the best configuration only, once, at the end",
                 "networks": config.evaluate.networks,
                 "epochs": config.evaluate.epochs,
+                "finalists": config.search.finalists,
             },
         }
 

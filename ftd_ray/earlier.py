@@ -1,8 +1,8 @@
 """An earlier sweep that a search learns from: which of its trials are points of this one's space.
 
 Only trials that this sweep could have run itself count, so that accuracies can be compared: the
-same images, the same evaluation, and every key of ``experts`` and ``distill`` at a value that this
-sweep fixes or searches.
+same images and augmentation, the same evaluation, and every key of ``experts`` and ``distill`` at a
+value that this sweep fixes or searches.
 """
 
 from dataclasses import asdict, dataclass, fields, replace
@@ -14,8 +14,8 @@ from ftd_ray.config import SEARCHED, Point, SweepConfig, parse_config
 from ftd_ray.folder import saved_sweep
 from ftd_ray.search import Ended, read_study
 
-AT_THE_END = ("networks", "epochs")
-"""Keys of ``evaluate`` that trials do not depend on; ``every`` is one more."""
+NO_MATTER = ("networks", "epochs", "every")
+"""Keys of ``evaluate`` that the last report of a trial does not depend on."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,16 @@ def read_earlier(config: SweepConfig, data: Description) -> Earlier:
 def _check_comparable(where: str, config: SweepConfig, earlier: SweepConfig) -> None:
     if missing := set(config.search.objectives) - set(earlier.search.objectives):
         raise UserError(f"{where} did not measure {min(missing)}. Leave it out.")
-    here, there = asdict(config.evaluate), asdict(earlier.evaluate)
+    here, there = (
+        {"dataset.augment": c.dataset.strategy}
+        | {f"evaluate.{k}": v for k, v in asdict(c.evaluate).items() if k not in NO_MATTER}
+        for c in (config, earlier)
+    )
     for key in here:
-        if key not in (*AT_THE_END, "every") and here[key] != there[key]:
+        if here[key] != there[key]:
             raise UserError(
-                f"{where} had evaluate.{key}={there[key]}, and here it is {here[key]}, so that "
-                "accuracies cannot be compared. Take the same, or leave it out."
+                f"{where} had {key}={there[key]}, and here it is {here[key]}, so that accuracies "
+                "cannot be compared. Take the same, or leave it out."
             )
 
 

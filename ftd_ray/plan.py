@@ -10,9 +10,10 @@ from ftd.data import describe
 from ftd.data.dataset import Description
 from ftd.expert import ExpertConfig, network_for, set_key
 from ftd.trajectory import PART_EPOCHS, DamagedError, ExpertSet
-from ftd_ray.config import StartPoint, SweepConfig
+from ftd_ray.config import SweepConfig
 from ftd_ray.earlier import Earlier
 from ftd_ray.pictures import short_names
+from ftd_ray.presets import StartPoint, start_points
 from ftd_ray.progress import describe_params
 from ftd_ray.space import count_points
 from ftd_ray.storage import is_local, open_uri
@@ -147,7 +148,7 @@ class Plan:
             if limit is not None:
                 parts.append(f"at most {limit:g} {unit}")
         lines = ["search     " + ", ".join(parts)]
-        for point in self.config.start_points():
+        for point in start_points(self.config):
             lines.append(f"  first    {point.label}{_deviations(point)}")
         if (e := self.earlier) is not None:
             lines.append(

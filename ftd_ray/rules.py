@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ftd.errors import UserError
+from ftd_ray.presets import start_points
 from ftd_ray.space import Dimension, count_points
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def check(config: "SweepConfig") -> None:
     """Raises UserError for the first rule that the sweep breaks."""
     for params in config.telling_points():
         point = config.at(params)
-        point.distill.check(epochs=point.experts.epochs, per_class=(10**9,))
+        point.distill.check(epochs=point.experts.epochs, per_class=None)
     search, evaluate = config.search, config.evaluate
     iterations = min(config.values_of("distill.iterations"))
     if evaluate.every > iterations:
@@ -36,8 +37,9 @@ def check(config: "SweepConfig") -> None:
         )
     if search.grace is not None and search.grace >= iterations * search.repeats:
         raise UserError(
-            f"search.grace={search.grace} is not below distill.iterations={iterations}, so nothing "
-            "would ever be pruned. Lower it, or take search.pruner=none."
+            f"search.grace={search.grace} is not below distill.iterations={iterations} times "
+            f"search.repeats={search.repeats}, so nothing would ever be pruned. Lower it, or take "
+            "search.pruner=none."
         )
     pairs = evaluate.search_networks * (search.repeats - 1)
     if search.pruner == "wilcoxon" and pairs < WILCOXON_PAIRS:
@@ -55,7 +57,7 @@ def check(config: "SweepConfig") -> None:
     _check_sampler(config)
     _check_duplicates(config)
     _check_objectives(config)
-    config.start_points()
+    start_points(config)
 
 
 def _check_sampler(config: "SweepConfig") -> None:

@@ -88,7 +88,8 @@ class DistinctSampler(BaseSampler):
         tried: Sequence[dict[str, Any] | None],
         seed: int,
     ):
-        self._inner, self._space, self._tried = inner, space, tried
+        self._inner, self._space = inner, space
+        self._tried = {tuple(p.items()) for p in tried if p is not None}
         self._random = random.Random(seed)
 
     def infer_relative_search_space(
@@ -102,9 +103,13 @@ class DistinctSampler(BaseSampler):
         fixed = trial.system_attrs.get("fixed_params", {})
         for _ in range(DRAWS):
             params = self._draw(study, trial, fixed)
-            if params not in self._tried:
+            if tuple(params.items()) not in self._tried:
                 return self._encoded(params)
-        new = [p for p in islice(points(self._space), ENUMERATED) if p not in self._tried]
+        new = [
+            p
+            for p in islice(points(self._space), ENUMERATED)
+            if tuple(p.items()) not in self._tried and fixed.items() <= self._encoded(p).items()
+        ]
         return self._encoded(self._random.choice(new) if new else params)
 
     def _draw(

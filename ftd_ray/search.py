@@ -24,7 +24,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from ftd.errors import UserError
 from ftd.seeds import derive_seed
-from ftd_ray.config import StartPoint
+from ftd_ray.presets import StartPoint
 from ftd_ray.samplers import DistinctSampler, pruner_of, sampler_of
 from ftd_ray.sections import SearchConfig
 from ftd_ray.space import Dimension

@@ -158,7 +158,7 @@ def _when(key: str, written: Any) -> tuple[tuple[str, tuple[Any, ...]], ...]:
     for parent, values in written.items():
         parent = parent if "." in parent else f"{key.partition('.')[0]}.{parent}"
         values = values if isinstance(values, list) else [values]
-        if not values or any(isinstance(v, dict | list) for v in values):
+        if not values or any(isinstance(v, dict | list | set) for v in values):
             raise UserError(f"{key}: when {parent}={values!r} must be plain values, as in {rule}.")
         conditions.append((parent, tuple(values)))
     return tuple(conditions)
@@ -235,7 +235,7 @@ def _choice(key: str, value: dict[Any, Any]) -> Dimension:
     values = value["choice"]
     if not isinstance(values, list) or not values:
         raise UserError(f"{key}: choice={values!r} must be a list of at least one value.")
-    if any(isinstance(v, dict | list) for v in values):
+    if any(isinstance(v, dict | list | set) for v in values):
         raise UserError(f"{key}: choice={values!r} must hold plain values, not lists or mappings.")
     if len({(type(v), v) for v in values}) != len(values):
         raise UserError(f"{key}: choice={values!r} names a value twice. Name each once.")

@@ -2,21 +2,25 @@
 
 import math
 import tempfile
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 import yaml
-from hypothesis import example, given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from ray_helpers import REPOSITORY, TINY, tiny
+from sweep_strategies import mutated, partners, sweeps
 
 from ftd.data import describe
 from ftd.errors import UserError
 from ftd.trajectory import PRECISIONS
-from ftd_ray.config import SECTIONS, SweepConfig, load_config, parse_config
+from ftd_ray.config import SEARCHED, SECTIONS, SweepConfig, load_config, parse_config
 from ftd_ray.experts.build import ExpertRequest, build_expert
 from ftd_ray.plan import lacking, make_plan, size_text
+from ftd_ray.presets import PRESETS, preset, start_points
 from ftd_ray.space import parse_dimension
 
 SWEEPS = sorted((REPOSITORY / "sweeps").glob("*.yaml"))
@@ -372,6 +376,14 @@ def test_ipc_is_checked_at_every_point(tmp_path):
         make_plan(config)
 
 
+def test_images_of_a_step_are_compared_with_those_of_all_classes(tmp_path):
+    changes = {"distill__ipc": 2, "store__uri": str(tmp_path)}  # of digits' ten classes
+    make_plan(parse_config(tiny(distill__batch_syn={"choice": [1, 20]}, **changes)))
+    config = parse_config(tiny(distill__batch_syn={"choice": [1, 21]}, **changes))
+    with pytest.raises(UserError, match=r"distill\.batch_syn=21 is above the 20 synthetic images"):
+        make_plan(config)
+
+
 def test_network_too_deep_for_the_images_is_refused_by_its_key(tmp_path):
     config = parse_config(tiny(experts__network="ConvNetD5W8", store__uri=str(tmp_path)))
     with pytest.raises(UserError, match=r"ConvNetD5"):
@@ -402,6 +414,391 @@ def test_set_wanted_with_two_counts_is_planned_once_with_the_larger(tmp_path):
     tree = tiny(experts__rho=0.01, experts__count={"int": [2, 5]}, store__uri=str(tmp_path))
     (one,) = make_plan(parse_config(tree)).sets
     assert one.experts.count == 5
+
+
+# --- the search -----------------------------------------------------------------------------
+
+SHARPNESSES = {"choice": ["sam", "gsam"]}
+CONDITIONAL = {
+    "experts__sharpness": SHARPNESSES,
+    "experts__gsam_alpha": {"choice": [0.1, 0.4], "when": {"sharpness": "gsam"}},
+}
+CONTINUOUS = {"float": [1.0, 2.0]}
+TWO = ["accuracy", "cpu_seconds"]
+
+
+def search(**keys: Any) -> dict[str, Any]:
+    """Changes of ``tiny`` that set keys of its section ``search``."""
+    return {f"search__{k}": v for k, v in keys.items()}
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        (search(trials=0), ("search.trials=0", "at least 1")),
+        (search(concurrency=0), ("search.concurrency=0", "at least 1")),
+        (search(sampler="tpe", startup_trials=0), ("search.startup_trials=0", "at least 1")),
+        (search(population=1), ("search.population=1", "at least 2")),
+        (search(pruner="asha", reduction_factor=1), ("search.reduction_factor=1", "at least 2")),
+        (search(repeats=0), ("search.repeats=0", "at least 1")),
+        (search(finalists=0), ("search.finalists=0", "at least 1")),
+        (search(finalists=4), ("search.finalists=4", "search.trials=3", "Lower it")),
+        (search(max_hours=0), ("search.max_hours=0", "above 0", "null")),
+        (search(max_hours=-0.5), ("search.max_hours=-0.5", "above 0", "null")),
+        (search(max_hours=math.inf), ("search.max_hours=inf", "finite")),
+        (search(max_hours=math.nan), ("search.max_hours=nan", "finite")),
+        (
+            search(max_gpu_hours=1.5),
+            ("search.max_gpu_hours=1.5 has no effect", "search.max_hours"),
+        ),
+        (
+            search(sampler="random", startup_trials=5),
+            ("search.startup_trials=5", "search.sampler=random", "tpe or gp"),
+        ),
+        (
+            search(sampler="tpe", population=5),
+            ("search.population=5", "search.sampler=tpe", "nsga2"),
+        ),
+        (
+            search(sampler="qmc", warm_start="runs/a"),
+            ("search.warm_start=runs/a", "search.sampler=qmc", "tpe or gp"),
+        ),
+        (
+            search(pruner="median", reduction_factor=3),
+            ("search.reduction_factor=3", "search.pruner=median", "asha or hyperband"),
+        ),
+        (
+            search(pruner="wilcoxon", grace=2, repeats=5),
+            ("search.grace=2", "search.pruner=wilcoxon", "asha or hyperband or median"),
+        ),
+        (
+            search(pruner="asha", grace=4),
+            ("search.grace=4", "distill.iterations=4", "search.pruner=none"),
+        ),
+        (
+            search(sampler="grid", start_from=[{"experts.rho": 0.0}]),
+            ("search.start_from", "search.sampler=grid", "Leave it out"),
+        ),
+        (
+            search(trials=1, start_from=[{"experts.rho": 0.0}, {"experts.rho": 0.01}]),
+            ("search.start_from names 2 points", "search.trials=1", "Raise it"),
+        ),
+        (search(objectives=[]), ("search.objectives=[]", "must hold accuracy")),
+        (
+            search(objectives=["cpu_seconds"]),
+            ("search.objectives=['cpu_seconds']", "must hold accuracy"),
+        ),
+        (
+            search(objectives=["accuracy", "accuracy"]),
+            ("search.objectives=['accuracy', 'accuracy']", "each objective once"),
+        ),
+        (search(objectives=["loss"]), ("search.objectives[0]='loss'", "accuracy")),
+        (search(objectives="accuracy"), ("search.objectives='accuracy'",)),
+        (
+            search(objectives=TWO, pruner="asha"),
+            ("search.pruner=asha", "accuracy, cpu_seconds", "search.pruner=none"),
+        ),
+        (
+            search(objectives=TWO, sampler="cmaes"),
+            ("search.sampler=cmaes", "accuracy, cpu_seconds", "nsga2, tpe or gp"),
+        ),
+        (search(sampler="nsga2"), ("search.sampler=nsga2", "several objectives", "Take tpe")),
+        (
+            search(sampler="nsga2", objectives=TWO),
+            ("search.sampler=nsga2", "20 trials at random", "search.trials=3", "population"),
+        ),
+        (
+            search(sampler="nsga2", objectives=TWO, population=3),
+            ("search.sampler=nsga2", "3 trials at random", "search.trials=3"),
+        ),
+        (
+            search(objectives=["accuracy", "ipc"]),
+            ("search.objectives", "distill.ipc=1", "Make it a dimension"),
+        ),
+        (
+            search(objectives=["accuracy", "gpu_seconds"]),
+            ("gpu_seconds", "resources.gpus_per_trial=0", "cpu_seconds"),
+        ),
+        (
+            search(pruner="wilcoxon"),
+            ("search.pruner=wilcoxon", "search.repeats=1", "evaluate.search_networks=1", "Raise"),
+        ),
+        (search(pruner="wilcoxon", repeats=4), ("compares 3 fresh networks", "fewer than 4")),
+        (
+            search(pruner="wilcoxon", repeats=5, sampler="tpe", warm_start="/a"),
+            ("search.pruner=wilcoxon", "search.warm_start=/a", "another pruner"),
+        ),
+        *[
+            (
+                search(sampler=sampler, objectives=objectives, trials=30) | CONDITIONAL,
+                (f"search.sampler={sampler}", key, reason, "tpe or random"),
+            )
+            for sampler, objectives, key, reason in (
+                ("grid", ["accuracy"], "experts.gsam_alpha", "under a condition"),
+                ("qmc", ["accuracy"], "experts.sharpness", "no order"),
+                ("cmaes", ["accuracy"], "experts.sharpness", "no order"),
+                ("gp", ["accuracy"], "experts.gsam_alpha", "under a condition"),
+                ("nsga2", TWO, "experts.gsam_alpha", "under a condition"),
+            )
+        ],
+        *[
+            (
+                search(sampler=sampler)
+                | {
+                    "distill__lr_label": {"choice": [1, 2], "when": {"experts.epochs": 4}},
+                    "experts__epochs": {"choice": [3, 4]},
+                    "distill__labels": "soft",
+                },
+                (f"search.sampler={sampler}", "distill.lr_label", "Drop its when"),
+            )
+            for sampler in ("qmc", "cmaes")
+        ],
+        (
+            search(sampler="grid") | {"distill__lr_img": CONTINUOUS},
+            ("search.sampler=grid", "distill.lr_img", "Give it levels: n"),
+        ),
+        (
+            search(sampler="cmaes") | {"experts__rho": 0.01},
+            ("search.sampler=cmaes", "two dimensions", "distill.lr_img", "tpe or gp"),
+        ),
+        (
+            search(duplicates="skip", trials=5),
+            ("search.trials=5", "4 points", "search.duplicates=skip", "repeat"),
+        ),
+        (
+            search(duplicates="skip", trials=7) | CONDITIONAL | {"experts__rho": 0.01},
+            ("search.trials=7", "6 points", "search.duplicates=skip"),
+        ),
+        (
+            search(duplicates="skip") | {"distill__lr_img": CONTINUOUS},
+            ("search.duplicates=skip", "distill.lr_img is continuous", "levels: n"),
+        ),
+        (
+            search(start_from=["ftd-cifar10-ipc100"]),
+            ("search.start_from", "'ftd-cifar10-ipc100'", "Did you mean ftd-cifar10-ipc10?"),
+        ),
+        (
+            search(start_from=["ours"]),
+            ("search.start_from", "no preset 'ours'", "ftd-cifar10-ipc1, "),
+        ),
+        (
+            search(start_from=[{"experts.rho": 0.02}]),
+            ("search.start_from[0]", "experts.rho=0.02", "(0 | 0.01)", "Add it"),
+        ),
+        (
+            search(start_from=[{"experts.rho": 0.01}, {"distill.lr_img": True}]),
+            ("search.start_from[1]", "distill.lr_img=True", "(10 | 100)"),
+        ),
+        (
+            search(start_from=[{"distill.lr_image": 10}]),
+            ("search.start_from[0]", "distill.lr_image is no dimension", "distill.lr_img?"),
+        ),
+        (
+            search(start_from=[{"distill.ipc": 1}]),
+            ("search.start_from[0]", "distill.ipc is no dimension"),
+        ),
+        (
+            search(start_from=[{"experts.rho": 0.01}, {"experts.rho": 0.01}]),
+            ("search.start_from[1]", "{experts.rho: 0.01}", "Name it once"),
+        ),
+        (
+            search(start_from=["ftd-cifar10-ipc1", {"experts.rho": 0.01, "distill.lr_img": 100}]),
+            ("search.start_from[1]", "same point as ftd-cifar10-ipc1"),
+        ),
+        (
+            search(start_from=[{"experts.sharpness": "sam", "experts.gsam_alpha": 0.1}])
+            | CONDITIONAL,
+            ("search.start_from[0]", "experts.gsam_alpha does not exist at that point"),
+        ),
+        (
+            search(start_from=[{"experts.gsam_alpha": 0.1}]) | CONDITIONAL,
+            ("search.start_from[0]", "experts.gsam_alpha does not exist", "depends on"),
+        ),
+        (search(start_from=[3]), ("search.start_from[0]=3",)),
+        (search(start_from="ftd-cifar10-ipc10"), ("search.start_from='ftd-cifar10-ipc10'",)),
+        (search(warm_start=5), ("search.warm_start=5",)),
+        (search(max_hours="2"), ("search.max_hours='2'",)),
+        (search(duplicates="allow"), ("search.duplicates='allow'", "repeat", "skip")),
+        (
+            {
+                "distill__lr_label": {"choice": [1, 2], "when": {"labels": "soft"}},
+                "distill__labels": "soft",
+            },
+            ("distill.lr_label", "distill.labels", "not searched"),
+        ),
+        (
+            {
+                "experts__rho": {"choice": [0.0, 0.1], "when": {"distill.ipc": 2}},
+                "distill__ipc": {"int": [1, 2]},
+            },
+            ("experts.rho: when may name dimensions of experts only",),
+        ),
+    ],
+    ids=str,
+)
+def test_search_that_cannot_be_meant_is_refused_on_one_line_with_key_value_and_remedy(
+    changes, parts
+):
+    message = refusal(tiny(**changes))
+    assert [p for p in parts if p not in message] == [], message
+    assert "\n" not in message and message.endswith((".", "?"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        search(finalists=3),
+        search(pruner="wilcoxon", repeats=5),
+        search(pruner="wilcoxon", repeats=3) | {"evaluate__search_networks": 2},
+        search(pruner="asha", grace=3),
+        search(pruner="asha", grace=7, repeats=2),
+        search(sampler="nsga2", objectives=TWO, population=2),
+        search(sampler="gp", objectives=TWO),
+        search(objectives=["accuracy", "ipc"]) | {"distill__ipc": {"int": [1, 2]}},
+        search(objectives=["accuracy", "gpu_seconds"]) | {"resources__gpus_per_trial": 0.5},
+        search(max_gpu_hours=1) | {"resources__gpus_per_expert": "auto"},
+        search(max_hours=0.01),
+        search(duplicates="skip", trials=4),
+        search(duplicates="skip", trials=6) | CONDITIONAL | {"experts__rho": 0.01},
+        search(sampler="cmaes"),
+        search(sampler="gp") | {"experts__sharpness": SHARPNESSES},
+        search(sampler="tpe") | CONDITIONAL,
+        search(start_from=["ftd-cifar10-ipc1", {"experts.rho": 0.0}]),
+        search(start_from=[{"experts.sharpness": "gsam", "experts.gsam_alpha": 0.1}]) | CONDITIONAL,
+    ],
+    ids=str,
+)
+def test_search_at_the_edge_of_a_rule_is_taken_and_round_trips(changes):
+    config = parse_config(tiny(**changes))
+    assert parse_config(config.resolved()) == replace(config, written=ANY)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"experts__a\nb": 1},
+        {"a\u2028b": 1},
+        search(start_from=[{"experts.rho": "a\nb"}]),
+        search(start_from=[{"a\nb": 1}]),
+        search(warm_start="a\nb"),
+        {"dataset__root": "a\nb"},
+        {"distill__lr_label": {"choice": [1, 2], "when": {"a\rb": 1}}, "distill__labels": "soft"},
+        {"experts__sharpness": {"choice": ["sam", "a\nb"]}},
+    ],
+    ids=ascii,
+)
+def test_refusal_is_one_line_whatever_was_written(changes):
+    message = refusal(tiny(**changes))
+    assert len(message.splitlines()) == 1
+    assert any(shown in message for shown in (r"a\nb", r"a\rb", r"a\u2028b"))
+
+
+def test_several_objectives_mean_no_pruner_where_none_is_named():
+    tree = tiny(search__objectives=TWO)
+    del tree["search"]["pruner"]
+    assert parse_config(tree).search.pruner == "none"
+    assert parse_config(parse_config(tree).resolved()).search.pruner == "none"
+
+
+def test_every_key_that_may_be_searched_has_a_default_to_take_where_its_dimension_is_not():
+    assert all(f.default is not MISSING for s in SEARCHED for f in fields(SECTIONS[s]))
+
+
+def test_conditional_dimension_has_its_default_where_it_does_not_exist():
+    config = parse_config(tiny(**CONDITIONAL))
+    assert config.at({"experts.sharpness": "sam", "experts.rho": 0.0}).experts.gsam_alpha == 0.0
+    assert all(
+        ("experts.gsam_alpha" in p) is (p["experts.sharpness"] == "gsam")
+        for p, _ in config.expert_points()
+    )
+    assert len(config.expert_points()) == 2 * (1 + 2)
+
+
+def test_rule_that_breaks_only_under_a_condition_is_found():
+    changes = {
+        "distill__labels": {"choice": ["hard", "soft"]},
+        "distill__lr_label": {"choice": [1, 2], "when": {"labels": "hard"}},
+    }
+    assert "distill.lr_label=1" in refusal(tiny(**changes))
+    changes["distill__lr_label"]["when"] = {"labels": "soft"}
+    parse_config(tiny(**changes))
+
+
+def test_iterations_under_a_condition_count_with_their_default_too():
+    iterations = {"choice": [6, 8], "when": {"labels": "soft"}}
+    changes = {"distill__labels": {"choice": ["hard", "soft"]}, "distill__iterations": iterations}
+    parse_config(tiny(**changes, evaluate__every=6))
+    assert "evaluate.every=7" in refusal(tiny(**changes, evaluate__every=7))
+
+
+# --- presets --------------------------------------------------------------------------------
+
+TABLE_7 = """
+cifar10-ipc1         50 2 2  all  100  1e-7 .01  .3 .9999
+cifar10-ipc10        30 2 20 all  100  1e-5 .001 .3 .9995
+cifar10-ipc50        30 2 40 all  1000 1e-5 .01  1  .999
+cifar100-ipc1        40 3 20 all  1000 1e-5 .01  1  .9995
+cifar100-ipc10       20 2 40 all  1000 1e-5 .01  1  .9995
+cifar100-ipc50       80 2 40 1000 1000 1e-5 .01  1  .999
+tiny_imagenet-ipc1   30 2 10 all  1e4  1e-4 .01  1  .999
+tiny_imagenet-ipc10  20 2 40 500  1e4  1e-4 .01  1  .999
+imagenet-ipc1        20 2 10 all  1e4  1e-4 .01  1  .999
+imagenet-ipc10       20 2 10 64   1e4  1e-4 .001 1  .999
+"""
+"""N, M, T+, |b|, lr_img, lr_lr, eta, alpha, beta. The author's 64 images of a step on ImageNet's
+subsets are more than the 10 of one image per class, so all of them there."""
+
+
+@pytest.mark.parametrize("line", TABLE_7.split("\n")[1:-1], ids=lambda line: line.split()[0])
+def test_preset_is_the_published_row(line):
+    name, n, m, t, batch, *rates = line.split()
+    lr_img, lr_lr, eta, alpha, beta = map(float, rates)
+    assert preset(f"ftd-{name}") == {
+        "experts.sharpness": "sam",
+        "experts.rho": 0.01,
+        "experts.sharpness_weight": alpha,
+        "distill.ipc": int(name.rpartition("ipc")[2]),
+        "distill.syn_steps": int(n),
+        "distill.expert_epochs": int(m),
+        "distill.max_start_epoch": int(t),
+        "distill.batch_syn": None if batch == "all" else int(batch),
+        "distill.lr_img": lr_img,
+        "distill.lr_lr": lr_lr,
+        "distill.lr_init": eta,
+        "distill.ema_decay": beta,
+    }
+
+
+def test_there_is_no_preset_beside_the_published_rows():
+    assert sorted(PRESETS) == sorted(f"ftd-{line.split()[0]}" for line in TABLE_7.split("\n")[1:-1])
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_a_valid_sweep_of_its_data(name):
+    tree = tiny(experts__epochs=50)
+    for key, value in preset(name).items():
+        section, _, inner = key.partition(".")
+        tree[section][inner] = value
+    tree["experts"]["rho"] = {"choice": [0.0, 0.01]}
+    tree["search"]["start_from"] = [name]
+    (point,) = start_points(parse_config(tree))
+    assert (point.label, point.params, point.others) == (name, {"experts.rho": 0.01}, {})
+
+
+def test_preset_says_which_keys_the_sweep_fixes_otherwise():
+    (point,) = start_points(parse_config(tiny(search__start_from=["ftd-cifar10-ipc1"])))
+    assert point.params == {"experts.rho": 0.01, "distill.lr_img": 100}
+    assert point.others["distill.lr_lr"] == (1e-5, 1e-7)
+    assert point.others["experts.sharpness_weight"] == (1.0, 0.3)
+    assert not {"experts.rho", "distill.lr_img", "distill.ipc"} & set(point.others)
+
+
+def test_preset_of_a_searched_sharpness_starts_at_the_one_that_it_was_published_for():
+    changes = {"experts__sharpness": {"choice": ["none", "sam"]}}
+    changes["experts__rho"] = {"choice": [0.01, 0.1], "when": {"sharpness": "sam"}}
+    config = parse_config(tiny(**changes, search__start_from=["ftd-cifar10-ipc1"]))
+    (point,) = start_points(config)
+    assert point.params["experts.sharpness"] == "sam" and point.params["experts.rho"] == 0.01
 
 
 # --- YAML and overrides ---------------------------------------------------------------------
@@ -641,6 +1038,10 @@ VALUES = st.one_of(
 )
 
 
+UNSHRUNK = (Phase.explicit, Phase.generate)
+"""A whole sweep takes minutes to shrink, and a failure says what was wrong anyway."""
+
+
 def assert_valid_or_named(tree: dict[str, Any], keys: list[str]) -> None:
     """A tree is taken and round-trips, or is refused on one line that names one of ``keys``."""
     try:
@@ -655,7 +1056,39 @@ def assert_valid_or_named(tree: dict[str, Any], keys: list[str]) -> None:
         assert "\n" not in message
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400, deadline=None, derandomize=True, phases=UNSHRUNK)
+@given(sweeps())
+def test_generated_sweep_is_valid_and_its_resolved_form_is_the_same_sweep(tree):
+    with tempfile.TemporaryDirectory() as folder:
+        config = load_text(Path(folder), yaml.safe_dump(tree, allow_unicode=True))
+        resolved = config.resolved()
+        again = load_text(Path(folder), yaml.safe_dump(resolved))
+    assert again == replace(config, written=again.written)
+    assert again.resolved() == resolved
+    for params in config.telling_points():
+        assert again.at(params) == config.at(params)
+
+
+@settings(max_examples=700, deadline=None, derandomize=True, phases=UNSHRUNK)
+@given(mutated(5))
+def test_one_mutation_of_a_valid_sweep_is_valid_or_refused_by_its_key(changes):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "sweep.yaml"
+        for tree, touched in changes:
+            path.write_text(yaml.safe_dump(tree, allow_unicode=True))
+            try:
+                config = load_config(path)
+            except UserError as error:
+                message = str(error).removeprefix(f"{path}")
+                assert len(message.splitlines()) == 1, message
+                named = [str(UserError(k)) for k in partners(touched)]  # with its escapes
+                assert any(k in message for k in named), (message, touched)
+            else:
+                again = parse_config(config.resolved())
+                assert again == replace(config, written=again.written)
+
+
+@settings(max_examples=400, deadline=None, derandomize=True)
 @given(key=st.sampled_from(KEYS), value=VALUES)
 @example(key=("experts", "rho"), value={"choice": [0, 10**400]})
 @example(key=("distill", "lr_img"), value={"float": [1, 10**400]})
@@ -673,7 +1106,7 @@ def test_one_changed_value_is_valid_or_a_user_error_that_names_its_key(key, valu
     assert_valid_or_named(tree, [name])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(
     section=st.sampled_from([*SECTIONS, "name", "seed"]),
     value=st.one_of(VALUES, st.dictionaries(st.text(max_size=6), ATOMS, max_size=2)),
@@ -683,7 +1116,7 @@ def test_one_changed_section_is_valid_or_a_user_error_that_names_it(section, val
     assert_valid_or_named({**FULL, section: value}, keys)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.text(max_size=60))
 @example("a: 2020-13-45")
 @example("a: !!int x")

@@ -1,7 +1,10 @@
 """The study: what it hands out, what it hears, and what is left of it after a crash."""
 
+import itertools
 import math
+import random
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +12,11 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
+from ftd.distill import DistillConfig
 from ftd_ray.config import SearchConfig
-from ftd_ray.search import STUDY_FILE, Suggestion, SweepStudy
-from ftd_ray.space import Dimension, parse_dimension
+from ftd_ray.presets import StartPoint
+from ftd_ray.search import EARLIER, STUDY_FILE, Ended, Suggestion, SweepStudy
+from ftd_ray.space import Dimension, in_order, parse_dimension, points
 
 SPACE = (
     parse_dimension("experts.rho", {"choice": [0.0, 0.01, 0.05]}),
@@ -440,6 +445,504 @@ def test_every_sampler_works_with_every_pruner(open_study, sampler, pruner):
     ended = study.ended()
     assert [e.number for e in ended] == list(range(9))
     assert any(e.state == "complete" for e in ended)
+
+
+# --- every sampler --------------------------------------------------------------------------
+
+TWO = ("accuracy", "cpu_seconds")
+FITTING: dict[str, dict[str, Any]] = {
+    "tpe": {"space": CONTINUOUS, "startup_trials": 3},
+    "random": {"space": CONTINUOUS},
+    "grid": {"space": CATEGORIES},
+    "qmc": {"space": CONTINUOUS},
+    "cmaes": {"space": CONTINUOUS},
+    "gp": {"space": CONTINUOUS, "startup_trials": 5},
+    "nsga2": {"space": CONTINUOUS, "objectives": TWO, "population": 3},
+}
+"""A space that each sampler can do with, and a short random phase."""
+
+
+def carry_out(study: SweepStudy, suggestion: Suggestion) -> Ended:
+    """Brings a trial to its end, with an accuracy and seconds that follow from its point."""
+    seconds = 1 + 10 * suggestion.params.get("experts.rho", 0.0)
+    study.report(suggestion.number, 90, score(suggestion), seconds=seconds)
+    return study.complete(suggestion.number)
+
+
+def carry_out_all(study: SweepStudy) -> list[Suggestion]:
+    done = []
+    while (suggestion := study.next()) is not None:
+        carry_out(study, suggestion)
+        done.append(suggestion)
+    return done
+
+
+@pytest.mark.parametrize("sampler", FITTING)
+def test_sampler_that_loses_its_driver_in_every_trial_makes_the_suggestions_of_an_undisturbed_one(
+    open_study, tmp_path, sampler
+):
+    settings = {"trials": 8, "sampler": sampler, **FITTING[sampler]}
+    whole = carry_out_all(open_study(folder=tmp_path / "whole", **settings))
+    assert [s.number for s in whole] == list(range(8))
+    done = []
+    for _ in range(8):
+        study = open_study(**settings)
+        study._seed_sampler(len(done))
+        study.study.ask()  # and the driver died before it suggested anything
+        lost = hand_out(open_study(**settings))  # and again before anything was heard of it
+        study = open_study(**settings)
+        done.append(hand_out(study))
+        assert done[-1] == lost
+        carry_out(study, lost)
+    assert done == whole
+    assert open_study(**settings).next() is None
+
+
+@pytest.mark.parametrize("sampler", ["gp", "cmaes", "nsga2"])
+def test_equal_seeds_give_equal_searches_and_other_seeds_others(open_study, tmp_path, sampler):
+    settings = {"trials": 6, "sampler": sampler, **FITTING[sampler]}
+    runs = [
+        carry_out_all(open_study(folder=tmp_path / str(i), seed=seed, **settings))
+        for i, seed in enumerate((0, 0, 1))
+    ]
+    assert runs[0] == runs[1]
+    assert [s.params for s in runs[0]] != [s.params for s in runs[2]]
+
+
+@pytest.mark.parametrize("sampler", ["gp", "nsga2"])
+def test_sampler_takes_words_too(open_study, sampler):
+    settings = {**FITTING[sampler], "space": CATEGORIES}
+    done = carry_out_all(open_study(trials=7, sampler=sampler, **settings))
+    assert all(s.params[d.key] in d.values for s in done for d in CATEGORIES)
+    assert [list(s.params) for s in done] == [[d.key for d in CATEGORIES]] * 7
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "cmaes"])
+def test_sampler_that_learns_comes_nearer_to_the_best_point(open_study, sampler):
+    def distance(s: Suggestion) -> float:
+        return abs(math.log10(s.params["distill.lr_lr"]) + 5)
+
+    space = (*CONTINUOUS, parse_dimension("distill.lr_init", {"float": [0.01, 0.1]}))
+    study, done = open_study(space=space, trials=40, sampler=sampler), []
+    while (suggestion := study.next()) is not None:
+        study.report(suggestion.number, 90, 1 - distance(suggestion) / 10)
+        study.complete(suggestion.number)
+        done.append(distance(suggestion))
+    assert sum(done[-10:]) < 0.7 * sum(done[:10])
+
+
+# --- conditions -----------------------------------------------------------------------------
+
+CONDITIONAL = in_order(
+    (
+        parse_dimension("experts.sharpness", {"choice": ["sam", "gsam"]}),
+        parse_dimension("experts.rho", {"choice": [0.0, 0.01], "when": {"sharpness": "sam"}}),
+        parse_dimension("experts.gsam_alpha", {"choice": [1, 2], "when": {"sharpness": "gsam"}}),
+        parse_dimension("experts.epochs", {"int": [3, 5], "when": {"gsam_alpha": 2}}),
+        parse_dimension(
+            "distill.lr_lr", {"float": [1e-7, 1e-3], "log": True, "when": {"experts.epochs": 4}}
+        ),
+    )
+)
+
+
+@pytest.mark.parametrize("skip", ["repeat", "skip"])
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+def test_suggestion_holds_exactly_the_dimensions_that_exist_at_its_point(open_study, sampler, skip):
+    startup = {"startup_trials": 4} if sampler == "tpe" else {}
+    settings = {"space": CONDITIONAL, "sampler": sampler, "trials": 16, "duplicates": skip}
+    seen = set()
+    for crash in (False, True) * 8:
+        study = open_study(**settings, **startup)
+        suggestion = hand_out(study)
+        if crash:
+            study = open_study(**settings, **startup)
+            assert hand_out(study) == suggestion
+        params = suggestion.params
+        expected = ["experts.sharpness"]
+        if params["experts.sharpness"] == "sam":
+            expected.append("experts.rho")
+        else:
+            expected.append("experts.gsam_alpha")
+            if params["experts.gsam_alpha"] == 2:
+                expected.append("experts.epochs")
+                if params["experts.epochs"] == 4:
+                    expected.append("distill.lr_lr")
+        assert list(params) == expected
+        assert set(study.frozen(suggestion.number).params) == set(expected)
+        study.report(suggestion.number, 90, len(params) / 10)
+        assert study.complete(suggestion.number).params == params
+        seen.add(tuple(params))
+    assert len(seen) >= 3
+
+
+# --- no point twice -------------------------------------------------------------------------
+
+NINE = {
+    "tpe": {"startup_trials": 3},
+    "random": {},
+    "grid": {},
+    "qmc": {},
+    "cmaes": {},
+    "gp": {"startup_trials": 7},
+    "nsga2": {"objectives": TWO, "population": 3},
+}
+
+
+@pytest.mark.parametrize("sampler", NINE)
+def test_no_point_comes_twice_until_the_space_is_exhausted_also_over_crashes(open_study, sampler):
+    settings = {"trials": 9, "sampler": sampler, "duplicates": "skip", **NINE[sampler]}
+    done = []
+    for _ in range(9):
+        lost = hand_out(open_study(**settings))
+        study = open_study(**settings)
+        done.append(hand_out(study))
+        assert done[-1] == lost
+        study.report(lost.number, 90, 0.5, seconds=1.0)
+        study.complete(lost.number)
+    assert open_study(**settings).next() is None
+    assert sorted(tuple(s.params.values()) for s in done) == sorted(
+        itertools.product(*(d.values for d in SPACE))
+    )
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+def test_no_point_of_a_conditional_space_comes_twice(open_study, sampler):
+    space = CONDITIONAL[:-1]
+    every = list(points(space))
+    settings = {"space": space, "sampler": sampler, "duplicates": "skip", "trials": len(every)}
+    done = [s.params for s in run_all(open_study(**settings), lambda s: 0.5)]
+    assert len(done) == len(every) and all(p in done for p in every)
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random", "qmc"])
+def test_no_point_comes_twice_among_trials_at_the_same_time(open_study, sampler):
+    study = open_study(trials=9, sampler=sampler, duplicates="skip")
+    done = [hand_out(study).params for _ in range(9)]
+    assert all(done.count(p) == 1 for p in done)
+
+
+def test_points_of_failed_and_pruned_trials_are_not_tried_again_either(open_study):
+    study, done = open_study(trials=9, sampler="random", duplicates="skip"), []
+    while (suggestion := study.next()) is not None:
+        done.append(suggestion.params)
+        study.report(suggestion.number, 10, 0.5)
+        end = (study.prune, lambda n: study.fail(n, "lost"))
+        end[suggestion.number % 2](suggestion.number)
+    assert len(done) == 9 and all(done.count(p) == 1 for p in done)
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+def test_points_that_begin_a_search_are_not_drawn_again(open_study, sampler):
+    start = [StartPoint("a", {"experts.rho": 0.01, "distill.lr_img": 100.0}, {})]
+    study = open_study(trials=9, sampler=sampler, duplicates="skip", study={"start": start})
+    done = [s.params for s in run_all(study, lambda s: 0.5)]
+    assert done[0] == start[0].params
+    assert all(done.count(p) == 1 for p in done)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_partial_point_is_completed_to_one_that_is_new(open_study, seed):
+    levels = parse_dimension("distill.lr_img", {"float": [10, 1000], "levels": 10})
+    space = (parse_dimension("experts.rho", {"choice": [0.0, 0.01]}), levels)
+    start = [
+        StartPoint("full", {"experts.rho": 0.0, "distill.lr_img": v}, {}) for v in levels.values[1:]
+    ]
+    start.append(StartPoint("partial", {"experts.rho": 0.0}, {}))
+    study = open_study(
+        space=space,
+        trials=10,
+        seed=seed,
+        sampler="random",
+        duplicates="skip",
+        study={"start": start},
+    )
+    done = run_all(study, lambda s: 0.5)
+    assert done[-1].params == {"experts.rho": 0.0, "distill.lr_img": levels.values[0]}
+
+
+# --- points to begin with -------------------------------------------------------------------
+
+START = (
+    StartPoint("ftd-cifar10-ipc10", {"experts.rho": 0.01, "distill.lr_img": 100.0}, {}),
+    StartPoint("{experts.rho: 0.05}", {"experts.rho": 0.05}, {}),
+    StartPoint("{distill.lr_img: 10}", {"distill.lr_img": 10.0}, {}),
+)
+
+
+@pytest.mark.parametrize("sampler", [s for s in FITTING if s != "grid"])
+def test_first_trials_are_the_points_to_begin_with(open_study, sampler):
+    settings = {"trials": 6, "sampler": sampler, **FITTING[sampler]}
+    done = carry_out_all(open_study(**settings, study={"start": START}))
+    assert [s.start_from for s in done] == [*(p.label for p in START), None, None, None]
+    for suggestion, point in zip(done, START, strict=False):
+        assert suggestion.params.items() >= point.params.items()
+        assert list(suggestion.params) == [d.key for d in CONTINUOUS]
+    assert [s.number for s in done] == list(range(6))
+
+
+def test_point_to_begin_with_under_a_condition_is_completed_by_what_exists_there(open_study):
+    start = [
+        StartPoint("a", {"experts.sharpness": "gsam", "experts.gsam_alpha": 2}, {}),
+        StartPoint("b", {"experts.sharpness": "sam"}, {}),
+    ]
+    study = open_study(space=CONDITIONAL, trials=2, study={"start": start})
+    a, b = run_all(study, lambda s: 0.5)
+    assert list(a.params)[:3] == ["experts.sharpness", "experts.gsam_alpha", "experts.epochs"]
+    assert a.params["experts.gsam_alpha"] == 2
+    assert list(b.params) == ["experts.sharpness", "experts.rho"]
+
+
+def test_points_to_begin_with_go_into_a_new_study_alone(open_study):
+    run_one(open_study(trials=5))
+    done = run_all(open_study(trials=5, study={"start": START}), score)
+    assert [s.start_from for s in done] == [None] * 4
+
+
+def earlier_trials(count: int = 12) -> list[Ended]:
+    """Complete trials of an earlier sweep over the same space, best at lr_img = 1000."""
+    found = []
+    for i in range(count):
+        lr_img = SPACE[1].values[i % 3]
+        value = 0.3 + 0.2 * (lr_img == 1000.0) + i / 1000
+        found.append(
+            Ended(
+                number=3 + 2 * i,
+                state="complete",
+                params={"experts.rho": SPACE[0].values[i % 2], "distill.lr_img": lr_img},
+                value=value,
+                reason=None,
+                reports={90: value},
+                values={"accuracy": value, "cpu_seconds": 5.0},
+                seconds=5.0,
+            )
+        )
+    return found
+
+
+@pytest.mark.parametrize("earlier", [0, 2])
+def test_crash_at_any_line_of_a_studys_beginning_loses_and_doubles_no_point(
+    open_study, tmp_path, earlier
+):
+    settings = {"trials": 5, "study": {"start": START, "earlier": earlier_trials(earlier)}}
+    whole = run_all(open_study(folder=tmp_path / "whole", **settings), score)
+    open_study(folder=tmp_path / "begun", **settings)
+    lines = (tmp_path / "begun" / STUDY_FILE).read_bytes().splitlines(keepends=True)
+    assert len(lines) > len(START) + earlier
+    for kept in range(len(lines)):
+        folder = tmp_path / str(kept)
+        folder.mkdir()
+        (folder / STUDY_FILE).write_bytes(b"".join(lines[:kept]) + lines[kept][:7])
+        study = open_study(folder=folder, **settings)
+        assert sum(EARLIER in t.user_attrs for t in study.study.get_trials()) == earlier
+        assert run_all(study, score) == whole
+
+
+def test_crash_within_the_first_trial_leaves_it_the_point_to_begin_with(open_study):
+    settings = {"trials": 4, "sampler": "random", "study": {"start": START}}
+    for point in START:
+        study = open_study(**settings)
+        study._seed_sampler(0)
+        study.study.ask()
+        lost = hand_out(open_study(**settings))
+        study = open_study(**settings)
+        assert hand_out(study) == lost
+        assert lost.start_from == point.label
+        carry_out(study, lost)
+    assert hand_out(open_study(**settings)).start_from is None
+
+
+# --- trials of an earlier sweep -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "gp"])
+def test_trials_of_an_earlier_sweep_are_none_of_this_one(open_study, sampler):
+    settings = {"trials": 4, "sampler": sampler, "study": {"earlier": earlier_trials()}}
+    study = open_study(**settings)
+    assert (study.ended(), study.best(3), study.front()) == ([], [], [])
+    assert (study.trial_seconds(), study.interrupted()) == (0.0, 0)
+    first = run_one(study, 0.2)
+    assert (first.number, first.repeat) == (0, 0)
+    lost = hand_out(study)
+    study = open_study(**settings)
+    assert study.interrupted() == 1
+    again = hand_out(study)
+    assert again == lost and again.number == 1
+    study.fail(1, "lost")
+    done = run_all(study, lambda s: 0.1)
+    assert [s.number for s in done] == [2, 3]
+    assert [(e.number, e.state) for e in study.ended()] == [
+        (0, "complete"), (1, "failed"), (2, "complete"), (3, "complete")
+    ]  # fmt: skip
+    assert study.best()[0].number == 0 and study.best()[0].value == 0.2
+    assert open_study(**settings).best()[0].number == 0
+
+
+def test_tpe_begins_to_learn_at_once_from_earlier_trials(open_study, tmp_path):
+    def share(earlier: list[Ended]) -> float:
+        """How many of the first eight trials, which all are equally bad, are at lr_img = 1000."""
+        study = open_study(
+            folder=tmp_path / str(len(earlier)), trials=8, study={"earlier": earlier}
+        )
+        done = [hand_out(study) for _ in range(8)]
+        return sum(s.params["distill.lr_img"] == 1000.0 for s in done) / 8
+
+    assert share(earlier_trials(30)) > 0.6 > share([])
+
+
+def test_repetitions_of_earlier_points_are_no_repetitions_here(open_study):
+    one = (parse_dimension("experts.rho", {"choice": [0.0, 0.01]}),)
+    earlier = [replace(e, params={"experts.rho": 0.0}) for e in earlier_trials(3)]
+    done = run_all(
+        open_study(space=one, trials=2, duplicates="skip", study={"earlier": earlier}),
+        lambda s: 0.5,
+    )
+    assert {s.params["experts.rho"] for s in done} == {0.0, 0.01}
+    assert [s.repeat for s in done] == [0, 0]
+
+
+# --- several objectives ---------------------------------------------------------------------
+
+THREE = ("cpu_seconds", "accuracy", "ipc")
+IPC = (*SPACE, parse_dimension("distill.ipc", {"choice": [1, 10, 50]}))
+
+
+def test_objectives_are_the_last_accuracy_the_share_of_seconds_and_the_images(open_study):
+    settings = {"objectives": THREE, "space": IPC, "study": {"shares": {"cpu_seconds": 0.5}}}
+    study = open_study(**settings)
+    assert [d.name for d in study.study.directions] == ["MINIMIZE", "MAXIMIZE", "MINIMIZE"]
+    suggestion = hand_out(study)
+    for step, value in ((10, 0.8), (20, 0.6)):
+        assert study.report(suggestion.number, step, value, seconds=3.0) is False
+    study = open_study(**settings)
+    hand_out(study)
+    assert study.report(suggestion.number, 20, 0.9, seconds=100.0) is False  # heard before
+    assert study.report(suggestion.number, 90, 0.7, seconds=1.0) is False
+    ended = study.complete(suggestion.number)
+    assert ended.reports == {10: 0.8, 20: 0.6, 90: 0.7}
+    assert ended.value == 0.7 and ended.seconds == 7.0
+    ipc = float(suggestion.params["distill.ipc"])
+    assert ended.values == {"cpu_seconds": 3.5, "accuracy": 0.7, "ipc": ipc}
+    assert open_study(**settings).ended() == [ended]
+
+
+def test_images_are_the_default_where_their_dimension_does_not_exist(open_study):
+    space = in_order(
+        (
+            parse_dimension("distill.labels", {"choice": ["hard", "soft"]}),
+            parse_dimension("distill.ipc", {"choice": [2, 3], "when": {"labels": "soft"}}),
+        )
+    )
+    start = [StartPoint("hard", {"distill.labels": "hard"}, {})]
+    study = open_study(space=space, objectives=("accuracy", "ipc"), study={"start": start})
+    run_one(study)
+    assert study.ended()[0].values["ipc"] == DistillConfig().ipc
+
+
+def test_front_is_what_no_other_trial_beats_and_the_best_its_most_accurate(open_study):
+    rng = random.Random(0)
+    study = open_study(objectives=TWO, trials=40, sampler="random")
+    while (suggestion := study.next()) is not None:
+        better = rng.randint(1, 9)  # and it costs more
+        accuracy, seconds = better / 10, float(better + rng.randint(0, 3))
+        study.report(suggestion.number, 90, accuracy, seconds=seconds)
+        if suggestion.number % 10 == 9:
+            study.fail(suggestion.number, "lost")
+        else:
+            study.complete(suggestion.number)
+    done = [e for e in study.ended() if e.state == "complete"]
+    naive = []
+    for t in done:
+        a, s = t.values["accuracy"], t.values["cpu_seconds"]
+        others = [(o.values["accuracy"], o.values["cpu_seconds"]) for o in done]
+        if not any(b >= a and r <= s and (b, r) != (a, s) for b, r in others):
+            naive.append(t)
+    assert study.front() == naive and len(naive) > 2
+    assert {t.number for t in naive} == {t.number for t in study.study.best_trials}
+    ranked = sorted(naive, key=lambda t: (-t.values["accuracy"], t.number))
+    assert study.best() == ranked[:1] and study.best(100) == ranked
+    assert study.best()[0].value == max(t.values["accuracy"] for t in done)
+
+
+def test_front_of_one_objective_is_the_most_accurate(open_study):
+    study = open_study(trials=4, sampler="random")
+    for value in (0.1, 0.7, 0.7, 0.3):
+        run_one(study, value)
+    assert [t.number for t in study.front()] == [1, 2]
+    assert [t.number for t in study.best(3)] == [1, 2, 3]
+
+
+# --- Wilcoxon -------------------------------------------------------------------------------
+
+
+def three_repeats(study: SweepStudy, mean: float, spread: float = 0.01) -> list[bool]:
+    """A trial of three distillations of 30 steps with two fresh networks each."""
+    number, said = hand_out(study).number, []
+    for step in range(10, 91, 10):
+        networks = {}
+        if step % 30 == 0:
+            first = 2 * (step // 30 - 1)
+            networks = {i: mean + spread * (i % 3) for i in (first, first + 1)}
+        said.append(study.report(number, step, mean, networks=networks, seconds=1.0))
+        if said[-1]:
+            study.prune(number)
+            return said
+    study.complete(number)
+    return said
+
+
+WILCOXON = {"pruner": "wilcoxon", "repeats": 3, "trials": 20, "sampler": "random"}
+
+
+def test_wilcoxon_prunes_a_clearly_worse_trial_when_enough_networks_are_paired(open_study):
+    study = open_study(**WILCOXON)
+    assert not any(three_repeats(study, 0.9))
+    assert three_repeats(study, 0.3) == [False] * 5 + [True]
+    worse = study.ended()[1]
+    assert worse.state == "pruned"
+    assert worse.reports == dict.fromkeys(range(10, 61, 10), 0.3)
+    assert (worse.value, worse.seconds) == (0.3, 6.0)
+
+
+def test_wilcoxon_never_prunes_the_best_trial(open_study):
+    study = open_study(**WILCOXON)
+    for i in range(8):
+        assert not any(three_repeats(study, 0.1 + i / 10))
+    assert study.best()[0].number == 7
+    assert not any(three_repeats(study, 0.8))  # as good as the best
+
+
+def test_wilcoxon_remembers_across_a_crash(open_study):
+    three_repeats(open_study(**WILCOXON), 0.9)
+    study = open_study(**WILCOXON)
+    number = hand_out(study).number
+    for step in (10, 20, 30):
+        assert not study.report(number, step, 0.3, networks={0: 0.3, 1: 0.3} if step == 30 else {})
+    study = open_study(**WILCOXON)
+    assert hand_out(study).number == number
+    assert not study.report(number, 30, 0.9, networks={0: 0.9, 1: 0.9})  # heard before
+    assert study.report(number, 60, 0.3, networks={2: 0.3, 3: 0.3})
+    assert study.prune(number).reports == {10: 0.3, 20: 0.3, 30: 0.3, 60: 0.3}
+
+
+# --- seconds --------------------------------------------------------------------------------
+
+
+def test_seconds_add_up_over_reports_and_a_crash(open_study):
+    study = open_study(trials=3)
+    number = hand_out(study).number
+    study.report(number, 10, 0.1, seconds=1.5)
+    study.report(number, 20, 0.1, seconds=2.25)
+    study.report(number, 20, 0.1, seconds=50.0)  # heard before
+    study = open_study(trials=3)
+    assert study.trial_seconds() == 3.75
+    hand_out(study)
+    study.report(number, 90, 0.1, seconds=0.25)
+    assert study.complete(number).seconds == 4.0
+    failed = hand_out(study).number
+    study.report(failed, 10, 0.1, seconds=1.0)
+    assert study.fail(failed, "lost").seconds == 1.0
+    assert study.trial_seconds() == open_study(trials=3).trial_seconds() == 5.0
 
 
 # --- another place --------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """A trial is a function of its configuration and the store; Ray is not needed to run it."""
 
+import io
 import pickle
 from collections.abc import Iterator
 from dataclasses import replace
@@ -8,11 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from ray_helpers import parse_tiny
 
-from ftd.data import DatasetConfig, describe
+from ftd.data import DatasetConfig, describe, load
 from ftd.errors import Diverged, UserError
 from ftd.evaluate import Score
+from ftd.expert import network_for
+from ftd.seeds import derive_seed
 from ftd.synthetic import SyntheticSet
 from ftd.trajectory import ExpertSet
 from ftd_ray.experts.build import ExpertRequest, build_expert
@@ -22,10 +26,15 @@ from ftd_ray.trial import (
     FirstExperts,
     Report,
     TrialSpec,
+    WholeDataSpec,
     final_scores,
     forget_checkpoint,
     run_trial,
+    whole_data_scores,
 )
+
+FIELDS = ("number", "seed", "repeat", "repeats", "experts")
+"""Of a specification; what else a test changes is of the configuration."""
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +59,7 @@ def spec_for(store, tmp_path):
     """A trial in the folder ``name`` of this test."""
 
     def make(name: str = "trial", **changes: Any) -> TrialSpec:
-        fields = {k: changes.pop(k) for k in ("seed", "repeat", "experts") if k in changes}
+        fields = {k: changes.pop(k) for k in FIELDS if k in changes}
         config = parse_tiny(**({"experts__rho": 0.01} | changes))
         spec = TrialSpec(
             number=0,
@@ -212,6 +221,130 @@ def test_specifications_and_reports_travel_by_pickle(spec_for):
     assert pickle.loads(pickle.dumps(report)) == report
 
 
+# --- repeats --------------------------------------------------------------------------------
+
+LEARNING = {
+    "evaluate__search_networks": 2,
+    "evaluate__search_epochs": 30,
+    "distill__lr_img": 1000,
+    "distill__lr_init": 0.05,
+}
+THRICE = {"seed": 1, "repeats": 3, **LEARNING}
+"""By this seed the second of the three is the best, so neither the first nor the last is kept."""
+
+
+@pytest.fixture(scope="module")
+def thrice(store, tmp_path_factory):
+    """A trial of three distillations, undisturbed, and the three by themselves."""
+    config = parse_tiny(experts__rho=0.01, **LEARNING)
+
+    def run(name: str, **fields: int) -> tuple[list[Report], bytes]:
+        spec = TrialSpec(
+            number=0,
+            seed=THRICE["seed"],
+            dataset=config.dataset,
+            network=config.experts.network,
+            identity=config.identity(config.experts, describe(config.dataset)),
+            experts=config.experts.count,
+            distill=config.distill,
+            evaluate=config.evaluate,
+            numerics=config.resources.trial_numerics,
+            store_uri=str(store),
+            cache_bytes=2**20,
+            folder=str(tmp_path_factory.mktemp(name)),
+            **fields,
+        )
+        return [essence(r) for r in run_trial(spec)], Path(spec.result).read_bytes()
+
+    alone = [run(f"alone{i}", repeat=i, repeats=1) for i in range(3)]
+    return run("together", repeat=0, repeats=3), alone
+
+
+def test_steps_of_a_trial_count_on_over_its_repeats_and_its_last_report_is_done(thrice):
+    (reports, _), _ = thrice
+    assert [r.step for r in reports] == [2, 4, 6, 8, 10, 12]
+    assert [r.done for r in reports] == [False] * 5 + [True]
+    assert [record.step for r in reports for record in r.curve] == list(range(1, 13))
+
+
+def test_repeats_are_the_distillations_from_three_seeds_one_after_the_other(thrice):
+    (reports, _), alone = thrice
+    for repeat, (single, _) in enumerate(alone):
+        part = reports[2 * repeat : 2 * repeat + 2]
+        for mine, theirs in zip(part, single, strict=True):
+            offset = 4 * repeat
+            assert mine.step == theirs.step + offset
+            assert [replace(r, step=r.step - offset) for r in mine.curve] == list(theirs.curve)
+            assert (mine.val_std, mine.picture) == (theirs.val_std, theirs.picture)
+    assert len({single[-1].picture for single, _ in alone}) == 3
+
+
+def test_accuracy_of_a_report_is_the_mean_over_the_finished_repeats_and_this_one(thrice):
+    (reports, _), alone = thrice
+    finals = [single[-1].val_accuracy for single, _ in alone]
+    assert len(set(finals)) > 1
+    for i, report in enumerate(reports):
+        repeat, place = divmod(i, 2)
+        values = [*finals[:repeat], alone[repeat][0][place].val_accuracy]
+        assert report.val_accuracy == pytest.approx(sum(values) / len(values))
+
+
+def test_fresh_networks_are_told_at_the_end_of_a_distillation_and_numbered_over_all(thrice):
+    (reports, _), alone = thrice
+    assert [list(r.networks) for r in reports] == [[], [0, 1], [], [2, 3], [], [4, 5]]
+    for repeat, (single, _) in enumerate(alone):
+        told = reports[2 * repeat + 1].networks
+        assert list(told.values()) == list(single[-1].networks.values())
+        assert list(single[-1].networks) == [0, 1]
+
+
+def test_set_of_a_trial_is_that_of_its_best_repeat(thrice):
+    (_, kept), alone = thrice
+    first, second, third = (single[-1].val_accuracy for single, _ in alone)
+    assert second > max(first, third)
+    assert SyntheticSet.load(io.BytesIO(kept)).provenance["seed"] == derive_seed(
+        THRICE["seed"], "distill", 1
+    )
+    assert kept == alone[1][1]
+
+
+@pytest.mark.parametrize("after", [1, 2, 3, 4, 5])
+def test_trial_of_repeats_interrupted_after_any_report_goes_on_to_the_same_bits(
+    spec_for, thrice, after
+):
+    (undisturbed, kept), _ = thrice
+    spec = spec_for(**THRICE)
+    first = run_trial(spec)
+    seen = [essence(next(first)) for _ in range(after)]
+    first.close()
+    again = [essence(r) for r in run_trial(spec)]
+    assert seen == undisturbed[:after]
+    assert again == undisturbed[after - 1 :]
+    assert Path(spec.result).read_bytes() == kept
+
+
+def test_trial_of_repeats_that_dies_again_and_again_goes_on_to_the_same_bits(spec_for, thrice):
+    (undisturbed, kept), _ = thrice
+    spec, place = spec_for(**THRICE), 0
+    while place < len(undisturbed) - 1:
+        going = run_trial(spec)
+        for report in undisturbed[place : place + 2]:  # the one that was lost, and the next
+            assert essence(next(going)) == report
+        going.close()
+        place += 1
+    assert [essence(r) for r in run_trial(spec)] == undisturbed[-1:]
+    assert Path(spec.result).read_bytes() == kept
+
+
+def test_seeds_are_common_to_all_trials_and_other_for_a_repetition_of_a_point(spec_for):
+    a = spec_for("a", repeats=3)
+    b = spec_for("b", repeats=3, number=7, distill__lr_img=100, experts__rho=0.0)
+    again = spec_for("c", repeats=3, number=8, repeat=1)
+    seeds = [[s.distill_seed(r) for r in range(3)] for s in (a, b, again)]
+    assert seeds[0] == seeds[1]
+    assert len({*seeds[0], *seeds[2]}) == 6
+
+
 # --- the end of a sweep ---------------------------------------------------------------------
 
 
@@ -241,3 +374,36 @@ def test_baseline_draws_fresh_images_for_every_network(final):
     scores = final_scores(replace(final, baseline_lr=0.05, networks=range(4)))
     assert len(set(scores)) > 1
     assert Score(tuple(test for _, test in scores)).std > 0
+
+
+@pytest.mark.parametrize("epochs", [0, 2, 3])
+def test_baseline_of_all_data_is_the_test_accuracy_of_the_experts_themselves(store, epochs):
+    config = parse_tiny(experts__rho=0.01)
+    data = load(config.dataset, torch.device("cpu"))
+    identity = config.identity(config.experts, data.description)
+    network = network_for(config.experts.network, data.description)
+    everything = torch.arange(len(data.test))
+    naive = []
+    for expert in range(2):
+        w = TrajectoryStore(str(store)).expert_set(identity).params(expert, epochs)
+        guesses = network(torch.tensor(w), data.test.batch(everything)).argmax(1)
+        naive.append((guesses == data.test.labels).double().mean().item())
+    scores = whole_data_scores(
+        WholeDataSpec(
+            dataset=config.dataset,
+            numerics=config.resources.trial_numerics,
+            network=config.experts.network,
+            identity=identity,
+            experts=2,
+            epochs=epochs,
+            store_uri=str(store),
+        )
+    )
+    assert scores == pytest.approx(naive)
+    assert (min(scores) > 0.2) is (epochs > 0)
+
+
+def test_finalists_see_no_test_image(final):
+    with_test, without = final_scores(final), final_scores(replace(final, test=False))
+    assert [val for val, _ in without] == [val for val, _ in with_test]
+    assert all(np.isnan(test) for _, test in without)
