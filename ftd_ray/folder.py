@@ -51,10 +51,8 @@ def finished_summary(config: SweepConfig) -> dict[str, Any] | None:
         over = (state == "done" or nothing_usable) and (
             sum(trials.values()) >= config.search.trials or _is_spent(summary, config)
         )
-        if (
-            state == "done"
-            and summary.get("protocol", {}).get("finalists", 1) != config.search.finalists
-        ):
+        finalists = summary.get("protocol", {}).get("finalists", 1)
+        if state == "done" and finalists != config.search.finalists:
             return None  # they are to be evaluated anew
         result_text(summary, config.space)
     except (ValueError, KeyError, TypeError, AttributeError):

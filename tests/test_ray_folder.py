@@ -218,7 +218,7 @@ def ended(tmp_path):
             "seconds": 1.0,
             "experts": {"built": 0, "reused": 2},
             "best": best if complete else None,
-            "baseline": {"random_real": score, "whole_data": score},
+            "baseline": {"random_real": score, "whole_data": score | {"epochs": 3}},
             "mlflow": {"tracking_uri": "sqlite:///x", "trials_path": "/#/"},
             "budget": {"hours": 0.0, "gpu_hours": 0.0},
             "stopped_by": "trials",
@@ -240,6 +240,13 @@ def test_sweep_asked_for_more_trials_is_not_over(ended):
     config, summary = ended
     summary()
     assert finished_summary(config(trials=4)) is None
+
+
+def test_sweep_asked_for_more_finalists_is_not_over(ended):
+    config, summary = ended
+    summary(protocol={"finalists": 2})
+    assert finished_summary(config(finalists=2)) is not None
+    assert finished_summary(config(finalists=3)) is None
 
 
 def test_pruned_and_failed_trials_count(ended):
