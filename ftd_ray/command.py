@@ -1,19 +1,36 @@
 """What the commands have in common: exit codes, checks before work, the tracker."""
 
+import argparse
 import contextlib
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from ftd.errors import UserError
-from ftd_ray.config import SweepConfig
-from ftd_ray.plan import Plan
 from ftd_ray.signals import Interrupted
 from ftd_ray.storage import probe
+
+if TYPE_CHECKING:
+    from ftd_ray.config import SweepConfig
+    from ftd_ray.plan import Plan
+
+
+def sweep_parser(name: str, description: str) -> argparse.ArgumentParser:
+    """The parser of a command that works on a sweep's file; read by ``parse_intermixed_args``."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {name}", description=description, allow_abbrev=False
+    )
+    parser.add_argument("file", help="the sweep, as in sweeps/digits.yaml")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key.path=value", help="values in place of the file's"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    parser.add_argument("--address", help="of a Ray cluster; else RAY_ADDRESS, else a local one")
+    return parser
 
 
 def exit_code(name: str, command: Callable[[], int]) -> int:
@@ -25,12 +42,15 @@ def exit_code(name: str, command: Callable[[], int]) -> int:
         return 2
     except Interrupted as interrupt:
         return 128 + interrupt.signum
+    except BrokenPipeError:  # of `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
 
 
 @contextlib.contextmanager
-def reachable(config: SweepConfig) -> Iterator[None]:
+def reachable(config: "SweepConfig") -> Iterator[None]:
     """Files and servers that do not answer while the plan is made are one clear line."""
     try:
         yield
@@ -41,7 +61,7 @@ def reachable(config: SweepConfig) -> Iterator[None]:
         ) from error
 
 
-def open_tracker(config: SweepConfig, *, dry_run: bool) -> Any:
+def open_tracker(config: "SweepConfig", *, dry_run: bool) -> Any:
     """The tracker, once its server has answered; a dry run makes no database."""
     from ftd_ray.tracking import Tracker
 
@@ -57,7 +77,7 @@ def open_tracker(config: SweepConfig, *, dry_run: bool) -> Any:
     return Tracker(config.tracking.uri, config.experiment, artifacts)
 
 
-def check_room(plan: Plan, missing: list[str]) -> None:
+def check_room(plan: "Plan", missing: list[str]) -> None:
     """Raises UserError when the disk or this machine (``missing``, if any) does not suffice."""
     free = plan.disk_free()
     if free is not None and plan.bytes_missing > free:

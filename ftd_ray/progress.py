@@ -47,20 +47,13 @@ class ExpertLine:
             parts.append(f"{training} in training{_where(status)}")
         if status.starting and done < needed:
             parts.append(f"{status.starting} waiting for room")
-        rate = sum(n.epochs_per_second for n in status.nodes.values())
+        rate = status.epochs_per_second
         left = sum(s.epochs_left for s in sets)
         if rate and left:
             parts += [f"{per_second(rate)} epochs/s", f"about {duration(left / rate)} to go"]
-        accuracy = mean_accuracy(status)
-        if accuracy is not None:
-            parts.append(f"validation {100 * accuracy:.1f} %")
+        if finals := [a for s in sets for a in s.final_accuracies()]:
+            parts.append(f"validation {100 * fmean(finals):.1f} %")
         return "experts    " + ", ".join(parts)
-
-
-def mean_accuracy(status: FleetStatus) -> float | None:
-    """Mean validation accuracy of the trained experts at the end of their trajectories so far."""
-    curves = [c for s in status.sets.values() for i, c in s.curves.items() if i in s.present and c]
-    return fmean(c[max(c)] for c in curves) if curves else None
 
 
 def _where(status: FleetStatus) -> str:

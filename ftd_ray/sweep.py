@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 
 from ftd.errors import UserError
-from ftd_ray.command import check_room, exit_code, open_tracker, reachable
+from ftd_ray.command import check_room, exit_code, open_tracker, reachable, sweep_parser
 from ftd_ray.config import SweepConfig, load_config
 from ftd_ray.earlier import read_earlier
 from ftd_ray.folder import check_same, finished_summary, only_one, saved_sweep
@@ -28,18 +28,10 @@ from ftd_ray.storage import probe
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m ftd_ray.sweep",
-        description="Search FTD's hyperparameters over a buffer of flat experts.",
-        allow_abbrev=False,
+    parser = sweep_parser(
+        "ftd_ray.sweep", "Search FTD's hyperparameters over a buffer of flat experts."
     )
-    parser.add_argument("file", help="the sweep, as in sweeps/digits.yaml")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key.path=value", help="values in place of the file's"
-    )
-    parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     parser.add_argument("--resume", action="store_true", help="go on with what is saved, if any")
-    parser.add_argument("--address", help="of a Ray cluster; else RAY_ADDRESS, else a local one")
     args = parser.parse_intermixed_args(argv)
     console = Console(highlight=False)
     return exit_code("sweep", lambda: _main(args, console))

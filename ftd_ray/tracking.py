@@ -308,12 +308,12 @@ class Tracker:
                 "experts_done": len(s.present),
                 "experts_needed": s.needed,
             }
-            if finals := [c[max(c)] for i, c in s.curves.items() if i in s.present and c]:
+            if finals := s.final_accuracies():
                 values["expert_val_accuracy_so_far"] = fmean(finals)
             self._write(key, metrics=_at(values, now, epochs))
             if len(s.present) >= s.needed:
                 self._close_set(key, s, now)
-        rate = sum((n.epochs_per_second for n in status.nodes.values()), 0.0)
+        rate = status.epochs_per_second
         if rate or self._fleet_seen:
             self._fleet_seen = True
             values = {"fleet/epochs_per_second": rate}

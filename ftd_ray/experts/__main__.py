@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from ftd_ray.command import check_room, exit_code, open_tracker, reachable
+from ftd_ray.command import check_room, exit_code, open_tracker, reachable, sweep_parser
 from ftd_ray.config import load_config
 from ftd_ray.plan import lacking, machine_resources, make_plan
 from ftd_ray.signals import signals
@@ -20,17 +20,9 @@ from ftd_ray.storage import probe
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m ftd_ray.experts",
-        description="Train the experts of a sweep into the store, ahead of it.",
-        allow_abbrev=False,
+    parser = sweep_parser(
+        "ftd_ray.experts", "Train the experts of a sweep into the store, ahead of it."
     )
-    parser.add_argument("file", help="the sweep, as in sweeps/digits.yaml")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key.path=value", help="values in place of the file's"
-    )
-    parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
-    parser.add_argument("--address", help="of a Ray cluster; else RAY_ADDRESS, else a local one")
     args = parser.parse_intermixed_args(argv)
     console = Console(highlight=False)
     return exit_code("experts", lambda: _main(args, console))

@@ -51,6 +51,10 @@ class SetStatus:
     gpus: float = 0.0
     """The share of a GPU with which the last of them was built."""
 
+    def final_accuracies(self) -> list[float]:
+        """Validation accuracy of each trained expert at the end of its trajectory so far."""
+        return [c[max(c)] for i, c in self.curves.items() if i in self.present and c]
+
 
 @dataclass(kw_only=True)
 class NodeStatus:
@@ -71,3 +75,8 @@ class FleetStatus:
     """Expert actors that wait for room on the cluster."""
     notes: tuple[str, ...] = ()
     """What a user should know, such as experts that were found damaged."""
+
+    @property
+    def epochs_per_second(self) -> float:
+        """Of all nodes."""
+        return sum((n.epochs_per_second for n in self.nodes.values()), 0.0)

@@ -7,7 +7,6 @@ place, 128 + signal after an interrupt. It starts neither Ray nor PyTorch.
 import argparse
 import json
 import os
-import signal
 import sys
 import time
 from collections import Counter
@@ -19,6 +18,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from ftd.errors import UserError
 from ftd.trajectory import DamagedError
+from ftd_ray.command import exit_code
 from ftd_ray.store.checking import check
 from ftd_ray.store.cleaning import clean, plan_cleaning
 from ftd_ray.store.inventory import READERS, reached, take_inventory
@@ -41,16 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(highlight=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = PIPE_WIDTH
-    try:
-        return int(args.run(args, console))
-    except UserError as error:
-        print(f"store: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # of `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+    return exit_code("store", lambda: int(args.run(args, console)))
 
 
 def _parser() -> argparse.ArgumentParser:
