@@ -121,6 +121,18 @@ def shows(browser: Any, *texts: str) -> None:
         raise AssertionError(f"{error}; it shows: {text_of(browser)[:3000]}") from None
 
 
+def has(browser: Any, selector: str) -> None:
+    """Waits until the page draws something that a CSS selector finds."""
+    from selenium.webdriver.common.by import By
+
+    wait_until(
+        f"{selector} on the page",
+        lambda: browser.find_elements(By.CSS_SELECTOR, selector),
+        seconds=90,
+        every=0.5,
+    )
+
+
 def experiment_of(folder: Path) -> str:
     return mlflow_runs(folder)[0].info.experiment_id
 
@@ -170,6 +182,20 @@ def test_compare_page_shows_what_differs_between_trials(sweep, server, browser, 
     experiment = experiment_of(sweep)
     browser.get(f'{server}/#/compare-runs?runs=[{ids}]&experiments=["{experiment}"]')
     shows(browser, "rho", "val_accuracy", *(r.info.run_name for r in done))
+    has(browser, ".js-plotly-plot .parcoords")  # the parallel coordinates
+
+
+def test_charts_of_trials_show_their_images_by_step(sweep, server, browser, screenshot):
+    printed = re.search(r"/#/experiments/\S+", (sweep / "stdout.txt").read_text())
+    assert printed is not None
+    browser.get("about:blank")
+    browser.get(f"{server}{printed[0]}")
+    shows(browser, "synthetic")
+    has(browser, "img[src*='synthetic']")
+    (best,) = (r for r in mlflow_runs(sweep) if r.data.tags.get("ftd.best") == "true")
+    experiment = experiment_of(sweep)
+    browser.get(f"{server}/#/experiments/{experiment}/runs/{best.info.run_id}/model-metrics")
+    shows(browser, "val_accuracy", "matching_loss")
 
 
 def test_images_of_a_trial_are_shown(sweep, server, browser, screenshot):
