@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from benchmarks import fleet, matching, precision, search, segments
+from benchmarks import fleet, matching, precision, pruning, search, segments, sweep
 from benchmarks.report import HEAD, HERE, RESULTS, conditions, machine, read_results
 
 
@@ -23,7 +23,9 @@ PARTS = {
     ),
     "segments": Part("Reading segments of trajectories", segments.run, segments.render),
     "precision": Part("Snapshots in fewer bits", precision.run, precision.render),
-    "search": Part("The search", search.run, search.render),
+    "sweep": Part("A whole sweep", sweep.run, sweep.render),
+    "search": Part("A trial's cost to the driver", search.run, search.render),
+    "pruning": Part("What pruning saves", pruning.run, pruning.render),
     "fleet": Part("Training experts on a cluster", fleet.run, fleet.render),
 }
 

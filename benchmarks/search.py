@@ -1,29 +1,23 @@
-"""The search: what a sweep spends beside its work, what a trial costs the driver, what ASHA saves.
+"""The search: what a trial costs the driver.
 
-A sweep's overhead is the share of the cores' time, from the moment that Ray runs to the summary,
-in which no expert, no trial and no fresh network of the final evaluation is worked on: starting
-processes, asking, reporting, MLflow, pictures, and cores that wait for the last trial. Trials of
-no cost go through the real study, bridge, tracker, pool and Tune.
+Trials of no cost go through the real study, bridge, tracker, pool and Tune.
 """
 
-import json
-import os
+import io
 import pickle
 import shutil
-import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
 import ray
+from PIL import Image
 
-from benchmarks.report import ROOT, own_memory, spread
+from benchmarks.report import ROOT, own_memory
 from ftd.distill import StepRecord
 from ftd_ray.bridge import run_search
 from ftd_ray.cluster import start_ray
@@ -35,60 +29,23 @@ from ftd_ray.tracking import Tracker
 from ftd_ray.trial import Report
 from ftd_ray.workers import TrialOrder, start_pool
 
-SWEEPS = 2
 TRIALS = 1000
 CURVE = 30
 """Outer steps that a report of the tracker's own measurement carries."""
 REPORTS = 200
-SEEDS = (0, 1)
-"""Of the searches with and without ASHA."""
 
 
 def run() -> dict[str, Any]:
     folder = Path(tempfile.mkdtemp(prefix="ftd-bench-"))
     try:
         found = {
-            "cores": len(os.sched_getaffinity(0)),
-            "sweeps": [overhead(folder / f"sweep{i}") for i in range(SWEEPS)],
             "tracker": tracker_cost(folder / "tracker"),
             "alone": {s: trials_alone(folder / f"alone-{s}", s) for s in ("random", "tpe")},
             "tune": trials_by_tune(folder / "tune"),
-            "asha": asha(folder / "asha"),
         }
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return found
-
-
-# --- a whole sweep --------------------------------------------------------------------------
-
-
-def sweep(folder: Path, *overrides: str) -> dict[str, Any]:
-    """The summary of the digits sweep, run by its command in ``folder``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "ftd_ray.sweep", str(ROOT / "sweeps" / "digits.yaml")]
-    subprocess.run(
-        [*command, "output.dir=run", *overrides],
-        cwd=folder,
-        env=os.environ | {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.DEVNULL,
-        check=True,
-    )
-    return dict(json.loads((folder / "run" / "summary.json").read_text()))
-
-
-def overhead(folder: Path) -> dict[str, Any]:
-    """Phases and work of ``make sweep`` with an empty store."""
-    summary = sweep(folder)
-    found = {"phases": summary["phases"], "worked": summary["worked"]}
-    print(found, flush=True)
-    return found
-
-
-def overhead_share(found: dict[str, Any], cores: int) -> float:
-    """The share of the cores' time after Ray's start that went into no work."""
-    wall = sum(v for k, v in found["phases"].items() if k != "start of Ray")
-    return 1 - sum(found["worked"].values()) / (cores * wall)
 
 
 # --- trials of no cost ----------------------------------------------------------------------
@@ -113,12 +70,10 @@ def zero_report(step: int, *, curve: int = 1, done: bool = True, seed: int = 0) 
 
 
 def _picture() -> bytes:
-    import io
-
-    from PIL import Image
-
+    """Ten classes of 8 x 8 pixels, enlarged, as the digits sweep shows them."""
     buffer = io.BytesIO()
-    Image.effect_noise((668, 68), 64).convert("RGB").save(buffer, "PNG")
+    small = Image.effect_noise((80, 8), 64).convert("RGB")
+    small.resize((640, 64), Image.Resampling.NEAREST).save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -268,60 +223,13 @@ def tracker_cost(folder: Path) -> dict[str, float]:
     return found
 
 
-# --- pruning --------------------------------------------------------------------------------
-
-
-def asha(folder: Path) -> list[dict[str, Any]]:
-    """The same search with and without pruning: outer steps done, and what came out."""
-    rows = []
-    for seed in SEEDS:
-        row: dict[str, Any] = {"seed": seed}
-        for pruner in ("asha", "none"):
-            summary = sweep(
-                folder / f"{seed}-{pruner}",
-                f"seed={seed}",
-                f"search.pruner={pruner}",
-                "search.concurrency=1",
-                "search.trials=16",
-                "search.sampler=random",
-                f"store.uri={folder / 'store'}",
-            )
-            row[pruner] = {
-                "trial_seconds": summary["worked"]["trials"],
-                "pruned": summary["trials"]["pruned"],
-                "val": summary["best"]["val_accuracy_full"]["mean"],
-                "test": summary["best"]["test_accuracy"]["mean"],
-            }
-        print(row, flush=True)
-        rows.append(row)
-    return rows
-
-
 # --- the page -------------------------------------------------------------------------------
 
 
 def render(results: dict[str, Any]) -> list[str]:
-    cores, tune, tracker = results["cores"], results["tune"], results["tracker"]
-    sweeps = results["sweeps"]
-    shares = [100 * overhead_share(s, cores) for s in sweeps]
-    phases = {k: [s["phases"][k] for s in sweeps] for k in sweeps[0]["phases"]}
-    worked = {k: [s["worked"][k] for s in sweeps] for k in sweeps[0]["worked"]}
-    lines = [
-        f"`make sweep` on {cores} cores with an empty store: the share of the cores' time, once "
-        "Ray runs, that is no work",
-        f"on experts, trials or the final networks: **{spread(shares, '{:.1f} %')}**.",
-        "",
-        "| phase | wall time | | work | core time |",
-        "|---|---|---|---|---|",
-    ]
-    for (phase, wall), (work, seconds) in zip(
-        phases.items(), [*worked.items(), *[("", [])] * len(phases)], strict=False
-    ):
-        done = spread(seconds, "{:.1f} s") if seconds else ""
-        lines.append(f"| {phase} | {spread(wall, '{:.1f} s')} | | {work} | {done} |")
+    tune, tracker = results["tune"], results["tracker"]
     alone = results["alone"]
-    lines += [
-        "",
+    return [
         f"{TRIALS:,} trials of no cost, one report each with a picture, until MLflow (SQLite) has "
         "everything:",
         "",
@@ -338,30 +246,4 @@ def render(results: dict[str, Any]) -> list[str]:
         f"A report of {CURVE} steps with its picture costs the driver's loop "
         f"{tracker['loop']:.2f} ms; {tracker['cpu']:.1f} ms of processor time in all, most of it "
         f"beside the loop ({tracker['sent']:.1f} ms until it is in MLflow).",
-        "",
-        *asha_lines(results["asha"]),
     ]
-    return lines
-
-
-def asha_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
-    saved = [r["none"]["trial_seconds"] / r["asha"]["trial_seconds"] for r in rows]
-    gain = [100 * (r["asha"]["val"] - r["none"]["val"]) for r in rows]
-    lines = [
-        "ASHA against no pruning: the same 16 random trials of the digits sweep, one at a time, "
-        "from the same",
-        f"experts. Time in trials without ÷ with: {spread(saved, 'x {:.2f}')}; difference of the "
-        "winner's validation",
-        f"accuracy by the full protocol {statistics.mean(gain):+.1f} points in the mean.",
-        "",
-        "| seed | asha | none |",
-        "|---|---|---|",
-    ]
-    for r in rows:
-        cells = (
-            f"{r[p]['trial_seconds']:.0f} s, {r[p]['pruned']} pruned, validation "
-            f"{100 * r[p]['val']:.1f} %, test {100 * r[p]['test']:.1f} %"
-            for p in ("asha", "none")
-        )
-        lines.append(f"| {r['seed']} | {' | '.join(cells)} |")
-    return lines

@@ -36,6 +36,7 @@ from ftd_ray.trial import (
     TrialSpec,
     forget_checkpoint,
 )
+from ftd_ray.worked import Worked
 from ftd_ray.workers import TrialOrder, start_pool
 
 STOPPED_BY = {"hours": "wall time", "gpu_hours": "GPU hours"}
@@ -69,6 +70,9 @@ class Sweep:
         self._phases: dict[str, float] = {}
         self._phase_began = time.monotonic()
         self._final_worked = 0.0
+        self._worked = Worked()
+        self._counted: set[tuple[str, int]] = set()
+        """Experts whose work was counted."""
         self._sets = {s.key: s for s in plan.sets}
         self._experts = BrokerClient(config, plan.data)
         self._usage = Usage(
@@ -200,6 +204,7 @@ class Sweep:
                 self._open_pool(),
                 self._say,
                 self._signals.check,
+                self._worked.just_now,
             )
             results, self._best = final.run([(t, self._set_of(t)) for t in finalists])
             self._phase("final")
@@ -243,6 +248,7 @@ class Sweep:
         self.tracker.trial_started(suggestion, key, place)
 
     def trial_reported(self, number: int, report: Report) -> None:
+        self._worked.just_now(report.seconds)
         self._progress.trial_reported(number, report)
         self.tracker.trial_reported(number, report)
 
@@ -299,12 +305,20 @@ class Sweep:
         if self._halted:
             raise PlaceError(self._halted)
         if self._experts.poll():
+            self._count_experts()
             self._usage.renew()
             self._progress.experts(self._experts.status)
             self._remember_experts()  # a killed driver built them too
             self._watch_budget()
             self.tracker.fleet(self._experts.status)
             self._tell_notes()
+
+    def _count_experts(self) -> None:
+        for key, s in self._experts.status.sets.items():
+            for i in s.built:
+                if (key, i) not in self._counted:
+                    self._counted.add((key, i))
+                    self._worked.just_now(s.built[i])
 
     def _expert_account(self) -> dict[str, Any]:
         """What this sweep built and what it found, over all its sessions."""
@@ -403,6 +417,7 @@ class Sweep:
                 "experts": experts["seconds"],
                 "trials": self.study.trial_seconds(),
                 "final": self._final_worked,
+                "wall": round(self._worked.covered(), 2),
             },
             "mlflow": {
                 "tracking_uri": config.tracking.uri,

@@ -34,9 +34,11 @@ class FinalEvaluation:
         pool: Any,
         say: Callable[[str], None],
         tick: Callable[[], None],
+        worked: Callable[[float], None],
     ):
+        """``worked`` is told the seconds of each piece of work when it has ended."""
         self._config, self._data, self._shipment = config, data, shipment
-        self._pool, self._say, self._tick = pool, say, tick
+        self._pool, self._say, self._tick, self._tell_worked = pool, say, tick, worked
         self.worked = 0.0
         """Seconds of all its workers together."""
 
@@ -53,7 +55,7 @@ class FinalEvaluation:
                 f"final      the best {len(finalists)} trials on validation images, "
                 f"{self._protocol_text()}"
             )
-            scores = self._final([self._final_spec(data, test=False) for _, data in sets])
+            scores, _ = self._final([self._final_spec(data, test=False) for _, data in sets])
             full = [val for val, _ in scores]
             winner, data = sets[max(range(len(full)), key=lambda i: full[i].mean)]
             by_validation = [
@@ -71,12 +73,10 @@ class FinalEvaluation:
             f"{self._protocol_text()}; the experts for comparison"
         )
         rates = sorted({BASELINE_LR, synthetic.syn_lr})
-        (val, test), *baselines = self._final(
-            [self._final_spec(data), *(self._final_spec(data, baseline_lr=lr) for lr in rates)]
-        )
+        specs = [self._final_spec(data), *(self._final_spec(data, baseline_lr=r) for r in rates)]
+        ((val, test), *baselines), whole_data = self._final(specs, self._whole_data(winner))
         chosen = max(range(len(rates)), key=lambda i: baselines[i][0].mean)
         random_real = baselines[chosen][1]
-        whole_data = self._whole_data(winner)
         synthetic.provenance["scores"] = {
             "validation": val.to_json(),
             "test": test.to_json(),
@@ -117,25 +117,33 @@ class FinalEvaluation:
             **changes,
         )
 
-    def _final(self, specs: Sequence[FinalSpec]) -> list[tuple[Score, Score]]:
-        """(validation, test) of each, its networks trained by as many workers as trials have."""
+    def _final(
+        self, specs: Sequence[FinalSpec], whole_data: WholeDataSpec | None = None
+    ) -> tuple[list[tuple[Score, Score]], Score]:
+        """(validation, test) of each, its networks trained by as many workers as trials have.
+
+        And, in one go, what the experts of ``whole_data`` reach on test.
+        """
         n = self._config.evaluate.networks
         size = -(-n // self._config.search.concurrency)
         shares = [range(i, min(i + size, n)) for i in range(0, n, size)]
-        parts = self._run(
-            [(final_scores, replace(spec, networks=share)) for spec in specs for share in shares]
-        )
+        calls: list[tuple[Callable[[Any], Any], Any]] = [
+            (final_scores, replace(spec, networks=share)) for spec in specs for share in shares
+        ]
+        if whole_data is not None:
+            calls.append((whole_data_scores, whole_data))
+        parts = self._run(calls)
         results = []
-        for i in range(0, len(parts), len(shares)):
+        for i in range(0, len(specs) * len(shares), len(shares)):
             pairs = [pair for part in parts[i : i + len(shares)] for pair in part]
             results.append((Score(tuple(v for v, _ in pairs)), Score(tuple(t for _, t in pairs))))
-        return results
+        return results, Score(tuple(parts[-1]) if whole_data is not None else ())
 
-    def _whole_data(self, winner: Ended) -> Score:
-        """What the winner's experts reach, which were trained on the whole training data."""
+    def _whole_data(self, winner: Ended) -> WholeDataSpec:
+        """The winner's experts, which were trained on the whole training data."""
         config = self._config
         experts = config.at(winner.params).experts
-        spec = WholeDataSpec(
+        return WholeDataSpec(
             dataset=config.dataset,
             sender=self._shipment,
             numerics=config.resources.trial_numerics,
@@ -145,11 +153,12 @@ class FinalEvaluation:
             epochs=experts.epochs,
             store_uri=config.store.uri,
         )
-        return Score(tuple(self._run([(whole_data_scores, spec)])[0]))
 
     def _run(self, calls: Sequence[tuple[Callable[[Any], Any], Any]]) -> list[Any]:
         at_once = self._config.search.concurrency
-        done = run_calls(self._pool, calls, at_once=at_once, tick=self._tick)
+        done = run_calls(
+            self._pool, calls, at_once=at_once, tick=self._tick, worked=self._tell_worked
+        )
         self.worked += sum(seconds for _, seconds in done)
         return [result for result, _ in done]
 

@@ -369,8 +369,9 @@ class Tracker:
         for record in report.curve:
             metrics.append(("matching_loss", record.loss, now, record.step))
             metrics.append(("syn_lr", record.syn_lr, now, record.step))
-        name = f"synthetic+step+{report.step}+timestamp+{now}+{uuid.uuid4()}.png"
-        picture = self._kept(name, report.picture) if report.picture else None
+        if report.first_picture:
+            self._write(number, picture=self._picture(report.first_picture, 0, now))
+        picture = self._picture(report.picture, report.step, now)
         self._write(number, metrics=metrics, picture=picture)
 
     def trial_ended(self, ended: Ended) -> None:
@@ -382,6 +383,10 @@ class Tracker:
         metrics = _at(_costs(ended), now, max(ended.reports, default=0))
         end = (FINISHED[ended.state], now)
         self._write(ended.number, metrics=metrics, tags=_tags(ended), end=end)
+
+    def _picture(self, data: bytes, step: int, now: int) -> Path | None:
+        name = f"synthetic+step+{step}+timestamp+{now}+{uuid.uuid4()}.png"
+        return self._kept(name, data) if data else None
 
     # --- into the outbox --------------------------------------------------------------------
 

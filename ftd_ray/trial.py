@@ -17,7 +17,14 @@ import torch
 
 from ftd import __version__
 from ftd.data import Dataset, DatasetConfig, Sender, load
-from ftd.distill import DistillConfig, DistillState, StepRecord, Trajectories, distill
+from ftd.distill import (
+    DistillConfig,
+    DistillState,
+    StepRecord,
+    Trajectories,
+    distill,
+    initial_state,
+)
 from ftd.evaluate import (
     EvaluateConfig,
     Protocol,
@@ -70,6 +77,11 @@ class TrialSpec:
         return derive_seed(self.seed, "distill", self.repeat * self.repeats + repeat)
 
     @property
+    def last_epoch(self) -> int:
+        """Of the experts, that segments reach."""
+        return self.distill.max_start_epoch - 1 + self.distill.expert_epochs
+
+    @property
     def checkpoint(self) -> str:
         return join(self.folder, "checkpoint", "state.npz")
 
@@ -98,6 +110,8 @@ class Report:
     """Since the report before, evaluation included."""
     picture: bytes
     """PNG of the set in pixel space."""
+    first_picture: bytes = b""
+    """PNG of the set before the first step, in the first report of a trial."""
     done: bool
 
 
@@ -122,12 +136,14 @@ def run_trial(
     kept = load_checkpoint(spec, device)
     experts, finals, before = trajectories(spec), kept.finals, kept.state
     for repeat in range(len(finals), spec.repeats):
+        before = before or _start(spec, data, experts, repeat)
+        first = not (repeat or before.step)
+        first_picture = _png(synthetic_set(spec, data, before)) if first else b""
         for state, records, score in _distilled(spec, data, experts, repeat, before):
             ended = state.step == spec.distill.iterations
             result = synthetic_set(spec, data, state, repeat)
             if ended and score.mean > max(finals, default=-1.0):
                 write_bytes(spec.result, result.to_bytes())
-            picture = result.png(cell=64, per_class=PREVIEW_PER_CLASS)
             done = ended and repeat == spec.repeats - 1
             offset, now = repeat * spec.distill.iterations, time.monotonic()
             yield Report(
@@ -141,9 +157,11 @@ def run_trial(
                 else {},
                 curve=tuple(replace(r, step=offset + r.step) for r in records),
                 seconds=now - began,
-                picture=picture,
+                picture=_png(result),
+                first_picture=first_picture,
                 done=done,
             )
+            first_picture = b""
             if not done:  # whoever asks for more has the report on record
                 finals = (*finals, score.mean) if ended else finals
                 save_checkpoint(spec, Checkpoint(finals, None if ended else state))
@@ -151,12 +169,23 @@ def run_trial(
         before = None
 
 
+def _start(spec: TrialSpec, data: Dataset, experts: Trajectories, repeat: int) -> DistillState:
+    """Where a distillation begins: real images, or what ``distill.init`` says."""
+    network = network_for(spec.network, data.description)
+    seed = spec.distill_seed(repeat)
+    return initial_state(spec.distill, data, experts, network, epochs=spec.last_epoch, seed=seed)
+
+
+def _png(synthetic: SyntheticSet) -> bytes:
+    return synthetic.png(cell=64, per_class=PREVIEW_PER_CLASS)
+
+
 def _distilled(
     spec: TrialSpec,
     data: Dataset,
     experts: Trajectories,
     repeat: int,
-    before: DistillState | None,
+    before: DistillState,
 ) -> Iterator[tuple[DistillState, list[StepRecord], Score]]:
     """The state at every evaluation of one distillation, the steps up to it and its score."""
     config, settings = spec.distill, spec.evaluate
@@ -170,7 +199,7 @@ def _distilled(
         data,
         experts,
         spec.network,
-        epochs=config.max_start_epoch - 1 + config.expert_epochs,
+        epochs=spec.last_epoch,
         seed=spec.distill_seed(repeat),
         state=before,
     ):

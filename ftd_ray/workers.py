@@ -230,10 +230,12 @@ def run_calls(
     *,
     at_once: int,
     tick: Callable[[], None],
+    worked: Callable[[float], None] = lambda seconds: None,
 ) -> list[tuple[Any, float]]:
     """The results of functions of one argument, worked out by workers of the pool.
 
-    Each with the seconds that it took. ``tick`` is called again and again while it lasts.
+    Each with the seconds that it took, which ``worked`` is told at once. ``tick`` is called again
+    and again while it lasts.
     """
     results: list[Any] = [None] * len(calls)
     waiting, lost = deque(range(len(calls))), Counter[int]()
@@ -251,6 +253,7 @@ def run_calls(
             free.append(lane)
             try:
                 results[call] = ray.get(ref)
+                worked(results[call][1])
             except ray.exceptions.RayTaskError:
                 raise
             except ray.exceptions.RayError:  # its process or its node is gone, or its memory

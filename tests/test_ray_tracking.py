@@ -21,7 +21,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from PIL import Image
-from ray_helpers import wait_until
+from ray_helpers import run_sweep, running_sweep, summary_of, tiny, wait_until, write_sweep
 
 from ftd.distill import StepRecord
 from ftd.errors import UserError
@@ -672,6 +672,42 @@ def test_sweep_whose_server_was_gone_to_the_end_is_whole_after_a_resume(
     again.reconcile(study, lambda e: SETS)
     assert again.drain(60) == 0
     Look(server.uri, again).agrees_with(study)
+
+
+@pytest.mark.heavy
+@pytest.mark.timeout(600)
+def test_server_that_goes_away_costs_a_sweep_nothing_and_is_told_later(server, tmp_path):
+    write_sweep(tmp_path, tiny(search__trials=4, tracking={"uri": server.uri}))
+    with running_sweep(tmp_path, "sweep.yaml") as process:
+        output = tmp_path / "stdout.txt"
+        wait_until("the second trial", lambda: "trial   1  step" in output.read_text())
+        server.kill()
+        code = process.wait(timeout=240)
+    try:
+        said = output.read_text()
+        assert code == 0, said + (tmp_path / "stderr.txt").read_text()
+        assert said.count("MLflow does not answer") == 1
+        summary = summary_of(tmp_path)
+        assert summary["state"] == "done" and sum(summary["trials"].values()) == 4
+        assert summary["mlflow"]["waiting"] > 0
+    finally:
+        server.start()
+    later = run_sweep(tmp_path, "sweep.yaml", "--resume")
+    assert later.code == 0 and "it has everything now" in later.out, later.out + later.err
+    summary = summary_of(tmp_path)
+    assert summary["mlflow"]["waiting"] == 0
+    client = MlflowClient(server.uri)
+    (experiment,) = (e for e in client.search_experiments() if e.name == "tiny")
+    parent = summary["mlflow"]["parent_run_id"]
+    children = client.search_runs(
+        [experiment.experiment_id], f"tags.`mlflow.parentRunId` = '{parent}'"
+    )
+    trials = [r for r in children if r.data.tags["ftd.kind"] == "trial"]
+    assert sorted(int(r.data.tags["ftd.trial"]) for r in trials) == [0, 1, 2, 3]
+    assert {r.data.tags["ftd.state"] for r in trials} == {"complete"}
+    assert {r.info.status for r in trials} == {"FINISHED"}
+    whole = client.get_run(parent)
+    assert whole.info.status == "FINISHED" and "test_accuracy" in whole.data.metrics
 
 
 # --- the page -------------------------------------------------------------------------------

@@ -1,0 +1,142 @@
+"""The pool of trial workers: who gets which, and when a CPU is free again."""
+
+import os
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import ray
+from ray_helpers import wait_until
+
+from ftd.errors import UserError
+from ftd_ray.workers import WORKER_ATTEMPTS, run_calls, start_pool
+
+
+class Worker:
+    """Says which process it is."""
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def call(self, function: Any, spec: Any) -> tuple[Any, float]:
+        return function(spec), 0.0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ray() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+        yield
+        ray.shutdown()
+
+
+@pytest.fixture
+def pool() -> Iterator[Any]:
+    pool = start_pool(1, 0, Worker)
+    yield pool
+    ray.kill(pool)
+    wait_until("two free CPUs", lambda: free() == 2)
+
+
+def free() -> float:
+    return ray.available_resources().get("CPU", 0)
+
+
+def taken(pool: Any, number: int) -> Any:
+    return ray.get(pool.take.remote(number))
+
+
+def pid(worker: Any) -> int:
+    return ray.get(worker.pid.remote(), timeout=60)
+
+
+def test_next_trial_takes_over_the_process_of_the_one_before(pool):
+    first = pid(taken(pool, 0))
+    pool.give_back.remote(0, clean=True)
+    assert pid(taken(pool, 1)) == first
+
+
+def test_trials_at_the_same_time_have_workers_of_their_own(pool):
+    assert pid(taken(pool, 0)) != pid(taken(pool, 1))
+
+
+def test_trial_that_asks_again_gets_its_own_worker(pool):
+    assert pid(taken(pool, 0)) == pid(taken(pool, 0))
+
+
+def test_cpu_of_a_trial_that_nobody_follows_is_free_within_seconds(pool):
+    pid(taken(pool, 0))
+    wait_until("a CPU in use", lambda: free() == 1)
+    pool.give_back.remote(0, clean=True)
+    wait_until("two free CPUs", lambda: free() == 2, seconds=20)
+
+
+def test_worker_of_a_failed_trial_is_not_handed_on(pool):
+    first = pid(taken(pool, 0))
+    ray.get(pool.give_back.remote(0, clean=False))
+    assert pid(taken(pool, 1)) != first
+
+
+def test_worker_that_was_given_back_twice_is_there_once(pool):
+    pid(taken(pool, 0))
+    pool.give_back.remote(0, clean=True)
+    pool.give_back.remote(0, clean=True)
+    assert pid(taken(pool, 1)) != pid(taken(pool, 2))
+
+
+def test_closed_pool_frees_everything_and_gives_no_more(pool):
+    for number in (0, 1):
+        pid(taken(pool, number))
+    ray.get(pool.close.remote())
+    wait_until("two free CPUs", lambda: free() == 2, seconds=20)
+    with pytest.raises(ray.exceptions.RayTaskError) as caught:
+        taken(pool, 2)
+    assert isinstance(caught.value.cause, UserError)
+
+
+# --- calls ----------------------------------------------------------------------------------
+
+
+def twice(x: int) -> int:
+    return 2 * x
+
+
+def die_once(marker: str) -> str:
+    if not os.path.exists(marker):
+        open(marker, "w").close()
+        os._exit(1)
+    return marker
+
+
+def die(marker: str) -> None:
+    with open(marker, "a") as f:
+        f.write("x")
+    os._exit(1)
+
+
+def test_calls_have_their_results_in_order_whoever_works(pool):
+    ticks: list[float] = []
+    results = run_calls(
+        pool,
+        [(twice, i) for i in range(7)],
+        at_once=2,
+        tick=lambda: ticks.append(time.monotonic()),
+    )
+    assert [value for value, _ in results] == [2 * i for i in range(7)]
+    assert ticks
+
+
+def test_call_whose_worker_died_is_made_again(pool, tmp_path):
+    marker = str(tmp_path / "died")
+    calls = [(die_once, marker), (twice, 3)]
+    results = run_calls(pool, calls, at_once=1, tick=lambda: None)
+    assert [value for value, _ in results] == [marker, 6]
+
+
+def test_call_that_kills_its_worker_every_time_is_given_up(pool, tmp_path):
+    marker = tmp_path / "deaths"
+    with pytest.raises(ray.exceptions.RayError):
+        run_calls(pool, [(die, str(marker))], at_once=1, tick=lambda: None)
+    assert len(marker.read_text()) == WORKER_ATTEMPTS
