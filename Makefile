@@ -13,7 +13,7 @@ test: $(READY) lint  ## lint, types and every test that is not heavy
 	$(BIN)/python -m pytest -m "not heavy" $(ARGS)
 
 test-heavy: $(READY)  ## the tests that take minutes
-	$(BIN)/python -m pytest -m heavy --timeout 900 $(ARGS)
+	$(BIN)/python tests/run_heavy.py $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

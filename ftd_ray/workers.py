@@ -250,7 +250,6 @@ def run_calls(
         tick()
         for ref in ready:
             call, lane = running.pop(ref)
-            free.append(lane)
             try:
                 results[call] = ray.get(ref)
                 worked(results[call][1])
@@ -262,6 +261,8 @@ def run_calls(
                     raise
                 ray.get(pool.give_back.remote(lane, clean=False))
                 waiting.append(call)
-    for lane in free:
-        pool.give_back.remote(lane, clean=False)
+            if waiting:
+                free.append(lane)
+            else:  # a worker that has found no room yet waits for this one's
+                pool.give_back.remote(lane, clean=False)
     return results

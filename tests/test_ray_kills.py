@@ -85,7 +85,7 @@ def test_driver_killed_ten_times_at_random_moments_loses_and_doubles_nothing(tmp
     moments = random.Random(concurrency)
     for _ in range(KILLS):
         with running_sweep(folder, "sweep.yaml", "--resume") as process:
-            time.sleep(moments.uniform(5, 22))
+            time.sleep(moments.uniform(5, 18))
             process.kill()
     resumed = run_sweep(folder, "sweep.yaml", "--resume", timeout=600)
     assert resumed.code == 0, resumed.out + resumed.err

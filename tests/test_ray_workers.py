@@ -128,6 +128,13 @@ def test_calls_have_their_results_in_order_whoever_works(pool):
     assert ticks
 
 
+def test_more_workers_than_there_is_room_for_take_turns(pool):
+    calls = [(twice, i) for i in range(9)]
+    results = run_calls(pool, calls, at_once=5, tick=lambda: None)
+    assert [value for value, _ in results] == [2 * i for i in range(9)]
+    wait_until("two free CPUs", lambda: free() == 2, seconds=20)
+
+
 def test_call_whose_worker_died_is_made_again(pool, tmp_path):
     marker = str(tmp_path / "died")
     calls = [(die_once, marker), (twice, 3)]
