@@ -191,7 +191,7 @@ def test_charts_of_trials_show_their_images_by_step(sweep, server, browser, scre
     browser.get("about:blank")
     browser.get(f"{server}{printed[0]}")
     shows(browser, "synthetic")
-    has(browser, "img[src*='synthetic']")
+    has(browser, "img[src*='synthetic'], img[src^='blob:']")  # drawn for step 0, and on
     (best,) = (r for r in mlflow_runs(sweep) if r.data.tags.get("ftd.best") == "true")
     experiment = experiment_of(sweep)
     browser.get(f"{server}/#/experiments/{experiment}/runs/{best.info.run_id}/model-metrics")
