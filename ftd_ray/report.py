@@ -252,7 +252,7 @@ def _finalists(summary: Mapping[str, Any]) -> list[tuple[int, str, str, bool]]:
 def _reached(objective: str, value: float | None) -> str:
     if value is None:
         return ABSENT
-    return f"{100 * value:.1f}" if objective == "accuracy" else f"{value:.0f}"
+    return f"{100 * value:.1f}" if objective == "accuracy" else f"{value:.4g}"
 
 
 def _point(trial: Mapping[str, Any], names: dict[str, str]) -> str:
@@ -289,7 +289,9 @@ def _rows(
         cells = [Cell(ABSENT) if t.value is None else _number(100 * t.value, 1)]
         cells += [_cell(t.params.get(d.key, ABSENT)) for d in space]
         cells.append(_number(t.seconds, 0) if t.seconds else Cell(ABSENT))
-        cells += [_number(t.values[o], 0) if o in t.values else Cell(ABSENT) for o in objectives]
+        for o in objectives:
+            v = t.values.get(o)
+            cells.append(Cell(ABSENT) if v is None else Cell(_reached(o, v), round(v, 6)))
         cells.append(Cell(_clipped(t.reason or "")))
         chosen = best is not None and t.number == best["trial"]
         rows.append(Row(t.number, t.state, chosen, t.number in on_front, tuple(cells)))

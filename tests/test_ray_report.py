@@ -163,7 +163,7 @@ def test_other_objectives_have_columns_and_trials_on_the_front_a_mark():
     head, *rows = Reader(made).rows
     assert head[-3:] == ["GPU seconds", "images per class", "reason"]
     assert [r[0] for r in rows] == ["1", "★ best front 2"]
-    assert [r[-3:-1] for r in rows] == [["–", "–"], ["71", "10"]]
+    assert [r[-3:-1] for r in rows] == [["–", "–"], ["71.2", "10"]]
     assert "Pareto front" in Reader(made).text
 
 
