@@ -69,10 +69,11 @@ def _main(args: argparse.Namespace, console: Console) -> int:
     if args.dry_run:
         return 0
     check_room(plan, missing)
-    from ftd_ray.driver import Sweep  # brings Ray Tune, which a plan does without
-
     command = _resume_command(args)
     with signals() as handled, only_one(config.output_dir):
+        from ftd_ray.driver import Sweep  # brings Ray Tune, which a plan does without
+
+        handled.check()  # in imports, an exception of a signal may be lost
         return Sweep(config, plan, tracker, console, command, handled).run(address)
 
 

@@ -244,7 +244,7 @@ def open_study(place) -> Callable[[], SweepStudy]:
             search=SearchConfig(trials=4, sampler="random", pruner="none"),
             seed=0,
             every=2,
-            iterations=4,
+            steps=4,
         )
 
     return open_
@@ -286,7 +286,7 @@ def test_study_leaves_no_file_of_its_own_beside_the_journal(tmp_path):
         search=SearchConfig(trials=1, pruner="none"),
         seed=0,
         every=1,
-        iterations=1,
+        steps=1,
     )
     suggestion = study.next()
     assert suggestion is not None

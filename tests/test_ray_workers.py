@@ -1,6 +1,7 @@
 """The pool of trial workers: who gets which, and when a CPU is free again."""
 
 import os
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -11,6 +12,8 @@ from ray_helpers import wait_until
 
 from ftd.errors import UserError
 from ftd_ray.workers import WORKER_ATTEMPTS, run_calls, start_pool
+
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers have no tests
 
 
 class Worker:

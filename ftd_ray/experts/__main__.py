@@ -45,9 +45,10 @@ def _main(args: argparse.Namespace, console: Console) -> int:
         console.print("every expert is in the store", markup=False)
         return 0
     check_room(plan, missing)
-    from ftd_ray.experts.fill import Fill  # brings Ray, which a plan does without
-
     with signals() as handled:
+        from ftd_ray.experts.fill import Fill  # brings Ray, which a plan does without
+
+        handled.check()  # in imports, an exception of a signal may be lost
         return Fill(config, plan, tracker, console, handled).run(address)
 
 
