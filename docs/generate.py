@@ -66,6 +66,8 @@ to a value or a list of values; all of them must hold.
 What is not possible is refused before anything starts: Optuna itself would go on with random draws.
 
 `asha`, `hyperband` and `median` compare trials by validation accuracy at the same outer step.
+`hyperband` splits the trials over brackets, each with a sampler that learns from its own trials
+alone: with `tpe` or `gp` it wants many trials.
 `wilcoxon` compares fresh networks one by one with those of the best trial, which had the same
 seeds, and prunes between the distillations of a trial (`repeats`).
 

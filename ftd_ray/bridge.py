@@ -12,12 +12,14 @@ import tempfile
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import pyarrow as pa
 from ray import tune
-from ray.tune import Callback, Stopper
+from ray.tune import Callback, Stopper, TuneError
 from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
+from ftd.errors import UserError
 from ftd_ray.search import Ended, Suggestion, SweepStudy
 from ftd_ray.trial import Report
 from ftd_ray.workers import LIGHT_BYTES, SweepTrial, TrialOrder
@@ -53,11 +55,14 @@ class StudySearcher(DriverOnly, Searcher):
         study: SweepStudy,
         order: Callable[[Suggestion], TrialOrder],
         listener: Listener,
+        over: Callable[[], bool],
     ):
         super().__init__(metric="val_accuracy", mode="max")
-        self._study, self._order, self._listener = study, order, listener
+        self._study, self._order, self._listener, self._over = study, order, listener, over
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        if self._over():  # Tune asks for trials before it asks whether to stop
+            return Searcher.FINISHED
         suggestion = self._study.next()
         if suggestion is None:
             return Searcher.FINISHED
@@ -182,7 +187,7 @@ def run_search(
                 SweepTrial, tune.PlacementGroupFactory([{"CPU": 0, "memory": LIGHT_BYTES}])
             ),
             tune_config=tune.TuneConfig(
-                search_alg=StudySearcher(study, order, listener),
+                search_alg=StudySearcher(study, order, listener, over),
                 scheduler=StudyScheduler(study, listener),
                 num_samples=trials,
                 max_concurrent_trials=concurrency,
@@ -196,8 +201,19 @@ def run_search(
                 stop=Halt(over),
             ),
         ).fit()
+    except TuneError as error:
+        raise _own_error(error) or error from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _own_error(error: BaseException | None) -> BaseException | None:
+    """What one of our hooks raised, such as of a full disk: Tune wraps it, in text too."""
+    while error is not None:
+        if isinstance(error, UserError | OSError | pa.ArrowException):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _number(trial: TuneTrial) -> int:

@@ -14,6 +14,7 @@ import yaml
 from rich.console import Console
 
 from ftd.errors import UserError
+from ftd_ray.account import ExpertAccount
 from ftd_ray.bridge import run_search
 from ftd_ray.cluster import check_cluster, start_ray
 from ftd_ray.config import SweepConfig
@@ -39,6 +40,9 @@ from ftd_ray.trial import (
 from ftd_ray.worked import Worked
 from ftd_ray.workers import TrialOrder, start_pool
 
+REMEMBER_SECONDS = 60
+"""How much of its time a killed driver forgets at most."""
+
 STOPPED_BY = {"hours": "wall time", "gpu_hours": "GPU hours"}
 """Budgets, as a summary calls what ended a search before its last trial."""
 
@@ -62,7 +66,7 @@ class Sweep:
         self._text = yaml.safe_dump(config.resolved(), sort_keys=False)
         self._halted = ""
         self._stopped_by: str | None = None
-        self._account_told: dict[str, Any] = {}
+        self._remembered = time.monotonic()
         self._search_over: float | None = None
         self._best: dict[str, bytes] = {}
         """Files of the best set, by name."""
@@ -71,8 +75,6 @@ class Sweep:
         self._phase_began = time.monotonic()
         self._final_worked = 0.0
         self._worked = Worked()
-        self._counted: set[tuple[str, int]] = set()
-        """Experts whose work was counted."""
         self._sets = {s.key: s for s in plan.sets}
         self._experts = BrokerClient(config, plan.data)
         self._usage = Usage(
@@ -119,7 +121,7 @@ class Sweep:
                 self._experts.end()
                 self._usage.end()
                 if hasattr(self, "study"):
-                    self.study.close()
+                    self._close_study()
         finally:
             ray.shutdown()
         print()
@@ -155,7 +157,7 @@ class Sweep:
         self._seconds_before = float(self.study.recall("seconds") or 0.0)
         self._search_before = float(self.study.recall("search_seconds") or 0.0)
         self._search_began = time.monotonic()
-        self._experts_before = self.study.recall("experts") or {}
+        self._account = ExpertAccount(self.study, config.resources.expert_gpus or 0.0)
         ended = self.study.ended()
         if ended:
             self._say(f"resumed    {len(ended)} of {config.search.trials} trials are done")
@@ -164,14 +166,17 @@ class Sweep:
             config.name, config.resolved(), self._names, self.study.recall("mlflow_run")
         )
         self.study.remember("mlflow_run", self.tracker.parent_id)
+        self.study.sync(force=True)
         self.tracker.reconcile(ended, lambda t: self.plan.expert_set(t.params))
         self.tracker.log_text(self._text, "sweep.yaml")
 
     def _search(self) -> None:
         config = self.config
         left = config.search.trials - len(self.study.ended())
+        if left <= 0:
+            return
         self._watch_budget()
-        if left <= 0 or self._stopped_by:
+        if self._stopped_by:
             return
         self._open_pool()
         run_search(
@@ -183,8 +188,11 @@ class Sweep:
             trials=left,
             concurrency=config.search.concurrency,
         )
+        if self.study.interrupted() == 0 and len(self.study.ended()) >= config.search.trials:
+            self._stopped_by = None  # the last trial spent it
         self._experts.look()
         if self._stopped_by:
+            self._experts.end()
             self._say(
                 f"budget     {self._budget_text()} is spent; the sweep ends with what is done"
             )
@@ -223,6 +231,15 @@ class Sweep:
         self._write_summary(summary)  # last: with it the sweep is over
         return summary
 
+    def _close_study(self) -> None:
+        """What stopped a sweep may still be in the way, and is said already."""
+        try:
+            self.study.close()
+        except (UserError, OSError, pa.ArrowException) as error:
+            self._say(
+                f"warning    the end of the study is not in {self.config.output_dir}: {error}"
+            )
+
     def _open_pool(self) -> Any:
         r = self.config.resources
         if self._pool is None:
@@ -256,7 +273,8 @@ class Sweep:
         if self._pool is not None:
             self._pool.give_back.remote(ended.number, clean=ended.state != "failed")
         self._progress.trial_ended(ended)
-        forget_checkpoint(self._trial_folder(ended.number))
+        with contextlib.suppress(UserError, OSError, pa.ArrowException):  # only housekeeping
+            forget_checkpoint(self._trial_folder(ended.number))
         self._remember()
         self.tracker.trial_ended(ended)
 
@@ -305,55 +323,28 @@ class Sweep:
         if self._halted:
             raise PlaceError(self._halted)
         if self._experts.poll():
-            self._count_experts()
+            for seconds in self._account.update(self._experts.status):
+                self._worked.just_now(seconds)
             self._usage.renew()
             self._progress.experts(self._experts.status)
-            self._remember_experts()  # a killed driver built them too
+            if time.monotonic() - self._remembered > REMEMBER_SECONDS:
+                self._remember()
+            self.study.sync()
             self._watch_budget()
             self.tracker.fleet(self._experts.status)
             self._tell_notes()
 
-    def _count_experts(self) -> None:
-        for key, s in self._experts.status.sets.items():
-            for i in s.built:
-                if (key, i) not in self._counted:
-                    self._counted.add((key, i))
-                    self._worked.just_now(s.built[i])
-
-    def _expert_account(self) -> dict[str, Any]:
-        """What this sweep built and what it found, over all its sessions."""
-        sets, before = self._experts.status.sets, self._experts_before
-        built = {f"{key}/{i}" for key, s in sets.items() for i in s.built}
-        built |= set(before.get("built", []))
-        there = {f"{key}/{i}" for key, s in sets.items() for i in s.present}
-        reused = (there | set(before.get("reused", []))) - built
-        spent = [(sum(s.built.values()), s.gpus) for s in sets.values()]
-        return {
-            "built": sorted(built),
-            "reused": sorted(reused),
-            "seconds": sum(t for t, _ in spent) + before.get("seconds", 0.0),
-            "gpu_seconds": sum(t * gpus for t, gpus in spent) + before.get("gpu_seconds", 0.0),
-        }
-
-    def _remember_experts(self) -> dict[str, Any]:
-        """Keeps the account of experts with the study, when it has changed."""
-        account = self._expert_account()
-        if account != self._account_told:
-            self._account_told = account
-            self.study.remember("experts", account)
-        return account
-
-    def _remember(self) -> dict[str, Any]:
+    def _remember(self) -> None:
+        self._remembered = time.monotonic()
         self.study.remember("seconds", self._seconds())
         self.study.remember("search_seconds", self._search_seconds())
-        return self._remember_experts()
 
     # --- the budget -------------------------------------------------------------------------
 
     def _used(self) -> dict[str, float]:
         """Hours and GPU hours of the search so far, over all its sessions."""
         trials = self.study.trial_seconds() * self.config.resources.gpus_per_trial
-        gpu_seconds = trials + self._expert_account()["gpu_seconds"]
+        gpu_seconds = trials + self._account.gpu_seconds
         return {"hours": self._search_seconds() / 3600, "gpu_hours": gpu_seconds / 3600}
 
     def _watch_budget(self) -> None:
@@ -386,7 +377,9 @@ class Sweep:
     def _summary(self, state: str) -> dict[str, Any]:
         config = self.config
         ended = self.study.ended()
-        experts = self._remember()
+        experts = self._account
+        experts.update(self._experts.status)
+        self._remember()
         several = len(config.search.objectives) > 1
         front = [
             {"trial": t.number, "params": t.params, "values": t.values} for t in self.study.front()
@@ -402,10 +395,10 @@ class Sweep:
                 s: sum(e.state == s for e in ended) for s in ("complete", "pruned", "failed")
             },
             "experts": {
-                "built": len(experts["built"]),
-                "reused": len(experts["reused"]),
-                "seconds": experts["seconds"],
-                "bytes": self._bytes_of(experts["built"]),
+                "built": len(experts.built),
+                "reused": experts.reused,
+                "seconds": experts.seconds,
+                "bytes": self._bytes_of(experts.built),
             },
             "interrupted": self.study.interrupted(),
             "objectives": list(config.search.objectives),
@@ -414,7 +407,7 @@ class Sweep:
             "command": self._command,
             "phases": self._phases,
             "worked": {
-                "experts": experts["seconds"],
+                "experts": experts.seconds,
                 "trials": self.study.trial_seconds(),
                 "final": self._final_worked,
                 "wall": round(self._worked.covered(), 2),
@@ -434,14 +427,13 @@ class Sweep:
             },
         }
 
-    def _bytes_of(self, experts: Iterable[str]) -> int:
-        """Bytes on disk of experts written KEY/NUMBER; 0 where the store does not answer."""
+    def _bytes_of(self, experts: Iterable[tuple[str, int]]) -> int:
+        """Bytes on disk of (set, expert)s; 0 where the store does not answer."""
         store = TrajectoryStore(self.config.store.uri)
         total = 0
         with contextlib.suppress(OSError, UserError):
-            for expert in experts:
-                key, _, index = expert.partition("/")
-                manifest = store.at(key).manifest(int(index))
+            for key, index in experts:
+                manifest = store.at(key).manifest(index)
                 total += sum(part.bytes for part in manifest.parts) if manifest else 0
         return total
 

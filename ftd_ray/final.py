@@ -81,8 +81,13 @@ class FinalEvaluation:
             "validation": val.to_json(),
             "test": test.to_json(),
             "random_real_test": random_real.to_json(),
-            "whole_data_test": whole_data.to_json(),
         }
+        baseline = {"random_real": random_real.to_json() | {"lr": rates[chosen]}}
+        if whole_data.accuracies:
+            synthetic.provenance["scores"]["whole_data_test"] = whole_data.to_json()
+            baseline["whole_data"] = whole_data.to_json() | {"epochs": self._epochs_of(winner)}
+        else:
+            self._say("warning    the winner's experts cannot be read, so they are not compared")
         files = {"synthetic.npz": synthetic.to_bytes(), "synthetic.png": synthetic.png()}
         results = {
             "best": {
@@ -93,10 +98,7 @@ class FinalEvaluation:
                 "test_accuracy": test.to_json(),
                 "artifact": join(config.output_dir, "best", "synthetic.npz"),
             },
-            "baseline": {
-                "random_real": random_real.to_json() | {"lr": rates[chosen]},
-                "whole_data": whole_data.to_json() | {"epochs": self._epochs_of(winner)},
-            },
+            "baseline": baseline,
             "finalists": by_validation,
         }
         return results, files

@@ -160,7 +160,7 @@ def pruner_of(search: SearchConfig, *, every: int, steps: int) -> BasePruner:
         case "hyperband":
             return HyperbandPruner(min_resource=grace, max_resource=steps, reduction_factor=factor)
         case "median":
-            return MedianPruner(n_startup_trials=4, n_warmup_steps=grace)
+            return MedianPruner(n_startup_trials=4, n_warmup_steps=grace, n_min_trials=4)
         case "wilcoxon":
             return WilcoxonPruner()
         case "none":

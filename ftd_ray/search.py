@@ -9,6 +9,7 @@ state is not stored and would repeat its first points.
 
 import contextlib
 import os
+import shutil
 import tempfile
 import time
 import warnings
@@ -18,6 +19,7 @@ from functools import partial
 from typing import Any
 
 import optuna
+from optuna.samplers import RandomSampler
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
@@ -110,7 +112,7 @@ class SweepStudy:
         try:
             self.study = optuna.create_study(
                 study_name=name,
-                storage=JournalStorage(JournalFileBackend(self._journal.path)),
+                storage=JournalStorage(_WholeLines(self._journal.path)),
                 directions=[
                     "maximize" if o == "accuracy" else "minimize" for o in self._objectives
                 ],
@@ -179,6 +181,8 @@ class SweepStudy:
             written = "params" in orphan.user_attrs
             if not written:  # asked for, but not yet written down
                 self._seed_sampler(orphan.number - self._earlier)
+            else:  # its point is known: the sampler of the sweep has no part in it
+                self.study.sampler = RandomSampler()
             trial = Trial(self.study, orphan._trial_id)
             if not written:
                 return self._describe(trial)
@@ -335,14 +339,23 @@ class SweepStudy:
     def remember(self, key: str, value: Any) -> None:
         """Keeps a JSON value with the study."""
         self.study.set_user_attr(key, value)
-        self._journal.sync(force=True)
+        self._journal.sync()
 
     def recall(self, key: str) -> Any:
         return self.study.user_attrs.get(key)
 
+    def recall_all(self, prefix: str) -> dict[str, Any]:
+        """What was remembered under keys that begin so, by the rest of the key."""
+        kept = self.study.user_attrs.items()
+        return {k.removeprefix(prefix): v for k, v in kept if k.startswith(prefix)}
+
+    def sync(self, *, force: bool = False) -> None:
+        """Puts the journal where it belongs, at once or if that was not done lately."""
+        self._journal.sync(force=force)
+
     def close(self) -> None:
-        """Puts the journal where it belongs."""
-        self._journal.sync(force=True)
+        """Puts the journal where it belongs; there is no study any more. Raises PlaceError."""
+        self._journal.close()
 
 
 def has_begun(folder: str) -> bool:
@@ -385,7 +398,7 @@ class _Journal:
 
     def __init__(self, uri: str):
         self._uri = None if is_local(uri) else uri
-        self._synced = 0.0
+        self._synced, self._size = 0.0, -1
         if self._uri is None:
             self.path = uri.removeprefix("file://")
             _drop_torn_line(self.path)
@@ -399,9 +412,30 @@ class _Journal:
         now = time.monotonic()
         if self._uri is None or not (force or now - self._synced > SYNC_SECONDS):
             return
-        with open(self.path, "rb") as f:
-            write_bytes(self._uri, f.read())
-        self._synced = now
+        size = os.path.getsize(self.path)
+        if size != self._size:
+            with open(self.path, "rb") as f:
+                write_bytes(self._uri, f.read())
+        self._synced, self._size = now, size
+
+    def close(self) -> None:
+        if self._uri is not None:
+            try:
+                self.sync(force=True)
+            finally:
+                shutil.rmtree(os.path.dirname(self.path), ignore_errors=True)
+
+
+class _WholeLines(JournalFileBackend):
+    """An append that fails leaves nothing: onto half a line the next one would be written."""
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        size = os.path.getsize(self._file_path)
+        try:
+            super().append_logs(logs)
+        except OSError:
+            os.truncate(self._file_path, size)
+            raise
 
 
 def _drop_torn_line(path: str) -> None:

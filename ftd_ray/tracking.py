@@ -189,7 +189,7 @@ class Tracker:
                 elif status == "FINISHED":
                     self._told.add(target)  # by an earlier session
             if status == "RUNNING":
-                self._outbox.put(partial(self._client.set_terminated, run_id, "KILLED", now))
+                self._outbox.put(partial(self._interrupt, run, now))
 
     def reconcile(self, ended: Sequence[Ended], sets: Callable[[Ended], tuple[str, str]]) -> None:
         """Brings the children of a resumed sweep in line with the study, which is always right.
@@ -530,7 +530,13 @@ class Tracker:
     def _close_orphans(self, now: int) -> None:
         """No run below the parent stays RUNNING: what was not told its end was interrupted."""
         for run in list(self._search("attributes.status = 'RUNNING'")):
-            self._client.set_terminated(run.info.run_id, "KILLED", now)
+            self._interrupt(run, now)
+
+    def _interrupt(self, run: Run, now: int) -> None:
+        """Closes the run of what did not come to its end."""
+        if "ftd.trial" in run.data.tags:
+            self._client.set_tag(run.info.run_id, "ftd.state", "interrupted")
+        self._client.set_terminated(run.info.run_id, "KILLED", now)
 
     def _blames(self, error: Exception) -> bool:
         """Whether MLflow fails on this entry alone, and takes others."""

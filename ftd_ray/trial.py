@@ -25,6 +25,7 @@ from ftd.distill import (
     distill,
     initial_state,
 )
+from ftd.errors import UserError
 from ftd.evaluate import (
     EvaluateConfig,
     Protocol,
@@ -361,10 +362,16 @@ class WholeDataSpec:
 
 
 def whole_data_scores(spec: WholeDataSpec) -> list[float]:
-    """Test accuracy of each expert: a network that was trained on the whole training data."""
+    """Test accuracy of each expert: a network that was trained on the whole training data.
+
+    None at all when the store does not give them any more: that is worth no sweep.
+    """
     device = spec.numerics.apply()
     data = load(spec.dataset, device, spec.sender)
     network = network_for(spec.network, data.description)
     experts = TrajectoryStore(spec.store_uri).expert_set(spec.identity)
-    ends = (experts.segment(e, spec.epochs, spec.epochs)[1] for e in range(spec.experts))
+    try:
+        ends = [experts.segment(e, spec.epochs, spec.epochs)[1] for e in range(spec.experts)]
+    except (UserError, OSError):
+        return []
     return [accuracy(network, torch.tensor(w, device=device), data.test) for w in ends]

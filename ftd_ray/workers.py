@@ -65,16 +65,20 @@ class TrialOrder:
 class TrialWorker:
     """Shell of ``run_trial``: one pickled report a call, and whether it was the last."""
 
+    _reports: "Iterator[Report]" = iter(())
+
     def begin(self, spec: bytes) -> None:
         """Takes up a trial, in the place of the one before."""
         from ftd.expert import set_key
         from ftd_ray.trial import TrialSpec, run_trial
 
+        self._forget()
+
         def cached(spec: TrialSpec) -> CachedExperts:
             key = set_key(spec.identity)
             return CachedExperts(spec.store_uri, key, spec.experts, spec.cache_bytes)
 
-        self._reports: Iterator[Report] = run_trial(pickle.loads(spec), cached)
+        self._reports = run_trial(pickle.loads(spec), cached)
 
     def report(self) -> tuple[bytes, bool]:
         report = next(self._reports)
@@ -82,8 +86,17 @@ class TrialWorker:
 
     def call(self, function: Callable[[Any], Any], spec: Any) -> tuple[Any, float]:
         """What a function makes of a specification, and the seconds that it took."""
+        self._forget()
         began = time.perf_counter()
         return function(spec), time.perf_counter() - began
+
+    def _forget(self) -> None:
+        """Frees what the trial before holds, for a neighbour on the same GPU too."""
+        import torch
+
+        self._reports = iter(())
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
 
 
 class WorkerPool:

@@ -11,8 +11,12 @@ from typing import Any
 import optuna
 import pytest
 from optuna.trial import TrialState
+from ray.tune import TuneError
+from ray.tune.search import Searcher
 
 from ftd.distill import DistillConfig
+from ftd.errors import UserError
+from ftd_ray.bridge import StudySearcher, _own_error
 from ftd_ray.config import SearchConfig
 from ftd_ray.presets import StartPoint
 from ftd_ray.search import EARLIER, STUDY_FILE, Ended, Suggestion, SweepStudy
@@ -952,3 +956,51 @@ def test_file_uri_is_the_folder_itself(open_study, tmp_path):
     run_one(open_study(folder=f"file://{tmp_path}"))
     assert (tmp_path / STUDY_FILE).exists()
     assert len(open_study().ended()) == 1
+
+
+def test_study_whose_disk_was_full_is_whole_when_there_is_room_again(open_study, small_disk):
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(bytes(200_000))
+    folder = small_disk / "run"
+    study = open_study(folder=folder)
+    run_one(study)
+
+    def fill() -> None:
+        for i in range(100_000):
+            study.remember(f"key {i}", "x" * 300)
+
+    with pytest.raises(OSError, match="No space"):
+        fill()
+    ballast.unlink()
+    study.remember("after", 1)  # what a sweep does on its way out
+    again = open_study(folder=folder)
+    assert again.recall("after") == 1
+    assert [e.number for e in again.ended()] == [0]
+
+
+def test_search_that_is_over_hands_out_no_further_trial(open_study):
+    class Nobody:
+        def trial_started(self, suggestion: Suggestion) -> None:
+            raise AssertionError(suggestion)
+
+    study = open_study()
+    searcher = StudySearcher(study, lambda s: None, Nobody(), over=lambda: True)
+    assert searcher.suggest("a") == Searcher.FINISHED
+    assert study.interrupted() == 0
+
+
+@pytest.mark.parametrize("cause", [OSError(28, "No space left on device"), UserError("s3 is gone")])
+def test_error_of_our_own_is_found_in_what_tune_makes_of_it(cause):
+    def wrapped() -> None:
+        try:
+            try:
+                raise cause
+            except Exception:
+                raise TuneError("a traceback as text")  # noqa: B904  (as Tune does)
+        except TuneError as error:
+            raise TuneError("the run failed") from error
+
+    with pytest.raises(TuneError) as caught:
+        wrapped()
+    assert _own_error(caught.value) is cause
+    assert _own_error(TuneError("of another kind")) is None

@@ -258,6 +258,7 @@ def test_study_is_found_again_in_its_place(open_study, place):
     study.complete(a.number)
     study.report(b.number, 2, 0.25)
     study.remember("mlflow_run", "abc")
+    study.sync(force=True)
     assert read_bytes(join(place, STUDY_FILE))
     again = open_study()
     assert [e.number for e in again.ended()] == [0]
