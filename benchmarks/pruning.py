@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks.report import spread
 from benchmarks.sweep import sweep
+from ftd_ray.search import read_study
 
 SEEDS = (0, 1)
 
@@ -36,7 +37,9 @@ def asha(folder: Path) -> list[dict[str, Any]]:
                 "search.sampler=random",
                 f"store.uri={folder / 'store'}",
             )
+            trials, _ = read_study(str(folder / f"{seed}-{pruner}" / "run")) or ([], None)
             row[pruner] = {
+                "steps": sum(max(t.reports, default=0) for t in trials),
                 "trial_seconds": summary["worked"]["trials"],
                 "pruned": summary["trials"]["pruned"],
                 "val": summary["best"]["val_accuracy_full"]["mean"],
@@ -49,12 +52,12 @@ def asha(folder: Path) -> list[dict[str, Any]]:
 
 def render(results: dict[str, Any]) -> list[str]:
     rows: Sequence[dict[str, Any]] = results["rows"]
-    saved = [r["none"]["trial_seconds"] / r["asha"]["trial_seconds"] for r in rows]
+    saved = [r["none"]["steps"] / r["asha"]["steps"] for r in rows]
     gain = [100 * (r["asha"]["val"] - r["none"]["val"]) for r in rows]
     lines = [
         "ASHA against no pruning: the same 16 random trials of the digits sweep, one at a time, "
         "from the same",
-        f"experts. Time in trials without ÷ with: {spread(saved, 'x {:.2f}')}; difference of the "
+        f"experts. Outer steps without ÷ with: {spread(saved, 'x {:.2f}')}; difference of the "
         "winner's validation",
         f"accuracy by the full protocol {statistics.mean(gain):+.1f} points in the mean.",
         "",
@@ -63,7 +66,8 @@ def render(results: dict[str, Any]) -> list[str]:
     ]
     for r in rows:
         cells = (
-            f"{r[p]['trial_seconds']:.0f} s, {r[p]['pruned']} pruned, validation "
+            f"{r[p]['steps']} steps ({r[p]['trial_seconds']:.0f} s), {r[p]['pruned']} pruned, "
+            f"validation "
             f"{100 * r[p]['val']:.1f} %, test {100 * r[p]['test']:.1f} %"
             for p in ("asha", "none")
         )

@@ -85,7 +85,9 @@ def _send_late(config: SweepConfig, plan: Plan, summary: dict[str, Any], console
     left = send_late(config, summary, lambda t: plan.expert_set(t.params), tracker)
     said = f"{left} entries are still waiting" if left else "and it has everything now"
     console.print(
-        f"mlflow     had not got {waiting} entries at the end of the sweep, {said}", markup=False
+        f"mlflow     had not got {waiting} entries at the end of the sweep, {said}",
+        soft_wrap=True,
+        markup=False,
     )
 
 
