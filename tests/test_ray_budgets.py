@@ -9,13 +9,13 @@ pytestmark = [pytest.mark.heavy, pytest.mark.timeout(600)]
 
 
 def test_spent_budget_ends_a_sweep_with_what_is_done_and_a_larger_one_goes_on(tmp_path):
-    write_sweep(tmp_path, tiny(search__trials=40, search__concurrency=2, search__max_hours=0.006))
+    write_sweep(tmp_path, tiny(search__trials=4000, search__concurrency=2, search__max_hours=0.02))
     ended = run_sweep(tmp_path, "sweep.yaml")
     assert ended.code == 0, ended.out + ended.err
     summary = summary_of(tmp_path)
     done = sum(summary["trials"].values())
     assert (summary["state"], summary["stopped_by"]) == ("done", "wall time")
-    assert 0 < done < 40 and summary["interrupted"] <= 2
+    assert 0 < done < 4000 and summary["interrupted"] <= 2
     assert "the budget of wall time is spent" in ended.out
     statuses = {r.info.status for r in mlflow_runs(tmp_path)}
     assert "RUNNING" not in statuses
@@ -27,7 +27,7 @@ def test_spent_budget_ends_a_sweep_with_what_is_done_and_a_larger_one_goes_on(tm
     arguments = ("search.max_hours=1", f"search.trials={done + 3}")
     larger = run_sweep(tmp_path, "sweep.yaml", "--resume", *arguments)
     assert larger.code == 0, larger.out + larger.err
-    assert "changed    search.max_hours: 0.006 -> 1" in larger.out
+    assert "changed    search.max_hours: 0.02 -> 1" in larger.out
     summary = summary_of(tmp_path)
     assert (summary["stopped_by"], summary["interrupted"]) == ("trials", 0)
     assert sum(summary["trials"].values()) == done + 3
