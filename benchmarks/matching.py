@@ -19,7 +19,8 @@ import torch
 from benchmarks.report import ROOT, own_memory, spread
 from ftd import augment
 from ftd.distill import DistillConfig, draw_inner_steps
-from ftd.matching import GRADIENTS, Match, cross_entropy
+from ftd.gradients import Gradients
+from ftd.matching import GRADIENTS, Match
 from ftd.networks import build_network
 from ftd.seeds import generator
 
@@ -53,7 +54,7 @@ def step(case: Case, gradient: str, dtype: torch.dtype = torch.float32) -> Match
     steps = draw_inner_steps(config, n, augment.FULL, gen, torch.device("cpu"))
     eta = torch.tensor(0.01, dtype=dtype)
     start, target, images = (t.to(dtype) for t in (start, target, images))
-    return GRADIENTS[gradient](cross_entropy(network), start, target, images, labels, eta, steps)
+    return GRADIENTS[gradient](Gradients(network), start, target, images, labels, eta, steps)
 
 
 def measure(case: Case, gradient: str, threads: int) -> dict[str, float]:

@@ -15,7 +15,8 @@ from ftd.augment import FULL
 from ftd.data import DatasetConfig, load
 from ftd.distill import DistillConfig, draw_inner_steps, initial_state
 from ftd.expert import ExpertConfig, network_for, train_expert
-from ftd.matching import Match, cross_entropy, match_rematerialised
+from ftd.gradients import Gradients
+from ftd.matching import Match, match_rematerialised
 from ftd.seeds import generator
 
 EXPERTS = ExpertConfig(network="ConvNetD2W64", batch_size=128, lr=0.02, rho=0.01)
@@ -38,18 +39,17 @@ class _Kept:
 def run() -> dict[str, Any]:
     """Relative changes of loss and image gradient over every segment."""
     data = load(DatasetConfig(name="digits", val_fraction=0.15))
-    network = network_for(EXPERTS.network, data.description)
+    gradients = Gradients(network_for(EXPERTS.network, data.description))
     whole = [
         [s.params_P for s in train_expert(EXPERTS, data, i, epochs=EPOCHS)] for i in range(COUNT)
     ]
-    state = initial_state(DISTILL, data, _Kept(whole), network, epochs=EPOCHS, seed=0)
-    loss_fn = cross_entropy(network)
+    state = initial_state(DISTILL, data, _Kept(whole), gradients, epochs=EPOCHS, seed=0)
 
     def match(start: Tensor, target: Tensor, step: int) -> Match:
         gen = generator(0, "bench", step)
         steps = draw_inner_steps(DISTILL, len(state.images), FULL, gen, torch.device("cpu"))
         args = (start, target, state.images, state.labels, state.syn_lr, steps)
-        return match_rematerialised(loss_fn, *args)
+        return match_rematerialised(gradients, *args)
 
     found: dict[str, dict[str, list[float]]] = {
         name: {"loss": [], "cosine": [], "rounding": []} for name in DTYPES

@@ -17,11 +17,13 @@ import torch
 from pyarrow import fs as pafs
 
 from ftd import __version__
+from ftd.backends import BACKENDS, gradients_for
 from ftd.data import DatasetConfig, describe, load
 from ftd.distill import DistillConfig, DistillState, distill
 from ftd.errors import Diverged, UserError
 from ftd.evaluate import EvaluateConfig, Protocol, evaluate, evaluate_random_real
 from ftd.expert import ExpertConfig, Numerics, identity, network_for, train_expert
+from ftd.native import unavailable
 from ftd.synthetic import SyntheticSet
 from ftd.trajectory import ExpertSet
 
@@ -50,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_experts(args: argparse.Namespace) -> int:
     """Trains experts into a folder, going on with what is there."""
-    numerics = Numerics.on(args.device, args.threads)
+    numerics = _numerics(args)
     device = _device(numerics)
     config = _section(args, "experts")
     network_for(config.network, describe(_section(args, "dataset")))
@@ -64,7 +66,13 @@ def run_experts(args: argparse.Namespace) -> int:
             print(f"expert {index}: {resume.epoch} epochs are there")
             continue
         training = train_expert(
-            config, data, index, epochs=config.epochs, resume=resume, device=device
+            config,
+            data,
+            index,
+            epochs=config.epochs,
+            resume=resume,
+            device=device,
+            backend=numerics.backend,
         )
         *_, snapshot = store.record(index, training, last=config.epochs)
         print(
@@ -78,7 +86,7 @@ def run_experts(args: argparse.Namespace) -> int:
 
 def run_distill(args: argparse.Namespace) -> int:
     """Distils from a folder of experts and saves the set."""
-    numerics = Numerics.on(args.device, args.threads)
+    numerics = _numerics(args)
     device = _device(numerics)
     config, settings = _section(args, "distill"), _section(args, "evaluate")
     store = ExpertSet(_local(), str(Path(args.experts).resolve()))
@@ -104,18 +112,24 @@ def run_distill(args: argparse.Namespace) -> int:
             f"is {data.strategy}. Use the same."
         )
     network_name = store.identity["experts"]["network"]
-    network = network_for(network_name, description)
+    gradients = gradients_for(network_for(network_name, description), numerics.backend)
     protocol = Protocol.of(settings, network=network_name, augment=data.strategy)
     short = Protocol.of(
         settings, network=network_name, augment=data.strategy, epochs=settings.search_epochs
     )
     state: DistillState | None = None
     for state, record in distill(
-        config, data, Picked(store, complete), network_name, epochs=epochs, seed=args.seed
+        config,
+        data,
+        Picked(store, complete),
+        network_name,
+        epochs=epochs,
+        seed=args.seed,
+        backend=numerics.backend,
     ):
         if record.step % settings.every == 0 or record.step == config.iterations:
             score = evaluate(
-                network, state.ema_images, state.label_targets, record.syn_lr, short, data.val,
+                gradients, state.ema_images, state.label_targets, record.syn_lr, short, data.val,
                 networks=range(settings.search_networks), seed=args.seed,
             )  # fmt: skip
             print(
@@ -146,7 +160,7 @@ def run_distill(args: argparse.Namespace) -> int:
 
 def run_evaluate(args: argparse.Namespace) -> int:
     """Evaluates a saved set by its own protocol, beside random real images."""
-    numerics = Numerics.on(args.device, args.threads)
+    numerics = _numerics(args)
     device = _device(numerics)
     if args.networks < 1:
         raise UserError(f"--networks {args.networks} must be at least 1.")
@@ -164,10 +178,11 @@ def run_evaluate(args: argparse.Namespace) -> int:
         )
     data = data.normalised_by(synthetic.normalisation.to(device))
     network = network_for(synthetic.protocol.network, data.description)
+    gradients = gradients_for(network, numerics.backend)
     split = data.test if args.split == "test" else data.val
     networks = range(args.networks)
     score = evaluate(
-        network, synthetic.images.to(device), synthetic.labels.to(device), synthetic.syn_lr,
+        gradients, synthetic.images.to(device), synthetic.labels.to(device), synthetic.syn_lr,
         synthetic.protocol, split, networks=networks, seed=args.seed,
     )  # fmt: skip
     print(f"distilled    {score}  ({args.split}, {len(networks)} networks)", flush=True)
@@ -175,7 +190,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
     best = max(
         (
             evaluate_random_real(
-                network, data, ipc, lr, synthetic.protocol, data.val, networks=networks,
+                gradients, data, ipc, lr, synthetic.protocol, data.val, networks=networks,
                 seed=args.seed,
             ).mean,
             lr,
@@ -183,7 +198,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
         for lr in (0.01, synthetic.syn_lr)
     )  # fmt: skip
     baseline = evaluate_random_real(
-        network, data, ipc, best[1], synthetic.protocol, split, networks=networks, seed=args.seed
+        gradients, data, ipc, best[1], synthetic.protocol, split, networks=networks, seed=args.seed
     )
     print(f"random real  {baseline}  (same protocol, learning rate {best[1]:g})")
     return 0
@@ -235,6 +250,10 @@ def _parser() -> argparse.ArgumentParser:
         if sections:
             sub.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
             sub.add_argument("--threads", type=int, default=torch.get_num_threads())
+            sub.add_argument(
+                "--backend", choices=BACKENDS, default="auto",
+                help="how gradients are computed; auto is native on CPU, with a C compiler",
+            )  # fmt: skip
         return sub
 
     sub = command("experts", run_experts, "dataset", "experts")
@@ -283,6 +302,13 @@ def _section(args: argparse.Namespace, section: str) -> Any:
         if (value := getattr(args, f"{section}.{f.name}")) is not None
     }
     return SECTIONS[section](**given)
+
+
+def _numerics(args: argparse.Namespace) -> Numerics:
+    numerics = Numerics.on(args.device, args.threads, args.backend)
+    if args.backend == "auto" and args.device == "cpu" and (reason := unavailable()):
+        print(f"ftd: backend eager, several times slower than native. {reason}", file=sys.stderr)
+    return numerics
 
 
 def _device(numerics: Numerics) -> torch.device:

@@ -19,12 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ftd import augment
+from ftd.backends import gradients_for
 from ftd.data import Dataset
 from ftd.errors import Diverged, UserError
 from ftd.evaluate import draw_real
 from ftd.expert import network_for, sgd_step
-from ftd.matching import GRADIENTS, InnerStep, Match, cross_entropy
-from ftd.networks import Network
+from ftd.gradients import Gradients
+from ftd.matching import GRADIENTS, InnerStep, Match
 from ftd.seeds import generator
 
 SOFT_LABEL_EXPERTS = 5
@@ -197,7 +198,7 @@ def initial_state(
     config: DistillConfig,
     data: Dataset,
     trajectories: Trajectories,
-    network: Network,
+    gradients: Gradients,
     *,
     epochs: int,
     seed: int,
@@ -210,7 +211,7 @@ def initial_state(
         noise = torch.randn(images.shape, generator=generator(seed, "init", "noise"))
         images = noise.to(images.device)
     if config.labels == "soft":
-        labels = _expert_logits(trajectories, network, images, labels, epochs)
+        labels = _expert_logits(trajectories, gradients, images, labels, epochs)
     return DistillState(
         step=0,
         images=images,
@@ -223,12 +224,12 @@ def initial_state(
 
 @torch.no_grad()
 def _expert_logits(
-    trajectories: Trajectories, network: Network, images: Tensor, labels: Tensor, epochs: int
+    trajectories: Trajectories, gradients: Gradients, images: Tensor, labels: Tensor, epochs: int
 ) -> Tensor:
     """Mean logits of a few grown experts; where they name another class, a plain one-hot logit."""
     experts = range(min(SOFT_LABEL_EXPERTS, trajectories.experts))
     grown = [_tensor(trajectories.segment(e, epochs, epochs)[1], images.device) for e in experts]
-    logits = torch.stack([network(w, images) for w in grown]).mean(0)
+    logits = torch.stack([gradients.logits(w, images) for w in grown]).mean(0)
     one_hot = F.one_hot(labels, logits.shape[1]).float() * logits.abs().max()
     return torch.where((logits.argmax(1) == labels)[:, None], logits, one_hot)
 
@@ -242,23 +243,23 @@ def distill(
     epochs: int,
     seed: int,
     state: DistillState | None = None,
+    backend: str = "eager",
 ) -> Iterator[tuple[DistillState, StepRecord]]:
     """Yields the state and a record after every outer step, from ``state`` on if it is given.
 
     A run that goes on from a state gives the bits of one that was never interrupted. Raises
     Diverged when the loss is not finite or eta leaves (0, inf).
     """
-    network = network_for(network_name, data.description)
-    loss_fn = cross_entropy(network)
+    gradients = gradients_for(network_for(network_name, data.description), backend)
     match = GRADIENTS[config.gradient]
     if state is None:
-        state = initial_state(config, data, trajectories, network, epochs=epochs, seed=seed)
+        state = initial_state(config, data, trajectories, gradients, epochs=epochs, seed=seed)
     device = state.images.device
     n = len(state.images)
     for pick in _picks(config, trajectories, seed, state.step + 1):
         step = pick.step
         result = match(
-            loss_fn,
+            gradients,
             _tensor(pick.start, device),
             _tensor(pick.target, device),
             state.images,

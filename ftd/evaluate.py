@@ -5,20 +5,20 @@ the learning rate times 0.1 and the momentum reset after half of the epochs, acc
 final epoch. Which split is given decides what the number means: validation to select, test once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean, pstdev
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ftd import augment
 from ftd.data import Dataset, Split
 from ftd.errors import UserError
 from ftd.expert import accuracy, sgd_step
-from ftd.networks import Network
+from ftd.gradients import Gradients
+from ftd.parallel import each
 from ftd.seeds import generator
 
 
@@ -105,7 +105,7 @@ class Score:
 
 
 def train_fresh(
-    network: Network,
+    gradients: Gradients,
     images: Tensor,
     labels: Tensor,
     lr: float,
@@ -120,7 +120,7 @@ def train_fresh(
     alone, so networks can be trained in any order, anywhere.
     """
     gen = generator(seed, "evaluate", index)
-    w = network.init(gen).to(images.device)
+    w = gradients.network.init(gen).to(images.device)
     velocity = None
     n = len(images)
     for epoch in range(protocol.epochs):
@@ -131,17 +131,16 @@ def train_fresh(
             draw = augment.draw(protocol.augment, len(i), gen)
             i = i.to(images.device)
             x = augment.apply(draw and draw.to(images.device), images[i])
-            w = w.detach().requires_grad_()
-            (g,) = torch.autograd.grad(F.cross_entropy(network(w, x), labels[i]), w)
+            _, g = gradients.gradient(w, x, labels[i])
             w, velocity = sgd_step(
-                w.detach(), g, velocity,
+                w, g, velocity,
                 lr=lr, momentum=protocol.momentum, weight_decay=protocol.weight_decay,
             )  # fmt: skip
     return w
 
 
 def evaluate(
-    network: Network,
+    gradients: Gradients,
     images: Tensor,
     labels: Tensor,
     lr: float,
@@ -152,20 +151,16 @@ def evaluate(
     seed: int,
 ) -> Score:
     """Trains fresh networks of the given indices on a synthetic set and tests them on ``split``."""
-    return Score(
-        tuple(
-            accuracy(
-                network,
-                train_fresh(network, images, labels, lr, protocol, seed=seed, index=i),
-                split,
-            )
-            for i in networks
-        )
-    )
+
+    def one(index: int) -> float:
+        w = train_fresh(gradients, images, labels, lr, protocol, seed=seed, index=index)
+        return accuracy(gradients, w, split)
+
+    return Score(tuple(_each(one, networks, images.device)))
 
 
 def evaluate_random_real(
-    network: Network,
+    gradients: Gradients,
     data: Dataset,
     ipc: int,
     lr: float,
@@ -176,12 +171,20 @@ def evaluate_random_real(
     seed: int,
 ) -> Score:
     """The baseline: each network gets its own draw of ``ipc`` real training images a class."""
-    accuracies = []
-    for i in networks:
-        images, labels = random_real(data, ipc, seed=seed, index=i)
-        w = train_fresh(network, images, labels, lr, protocol, seed=seed, index=i)
-        accuracies.append(accuracy(network, w, split))
-    return Score(tuple(accuracies))
+
+    def one(index: int) -> float:
+        images, labels = random_real(data, ipc, seed=seed, index=index)
+        w = train_fresh(gradients, images, labels, lr, protocol, seed=seed, index=index)
+        return accuracy(gradients, w, split)
+
+    return Score(tuple(_each(one, networks, split.labels.device)))
+
+
+def _each(
+    one: Callable[[int], float], networks: Sequence[int], device: torch.device
+) -> list[float]:
+    """On CPU a network has a thread for itself, so that the bits are those of one thread."""
+    return each(one, networks) if device.type == "cpu" else [one(i) for i in networks]
 
 
 def random_real(data: Dataset, ipc: int, *, seed: int, index: int) -> tuple[Tensor, Tensor]:

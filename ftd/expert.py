@@ -9,13 +9,14 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ftd import augment
+from ftd.backends import gradients_for, resolve
 from ftd.data import Dataset, Split
 from ftd.data.dataset import Description
 from ftd.errors import Diverged, UserError
+from ftd.gradients import Gradients
 from ftd.networks import ConvNetSpec, Network, build_network
 from ftd.seeds import derive_seed, generator
 from ftd.sharpness import SHARPNESS, sharp_grad
@@ -111,10 +112,13 @@ class Numerics:
     """cpu or cuda."""
     threads: int = 1
     """Threads of a CPU worker; 0 on cuda, where they do not matter."""
+    backend: str = "eager"
+    """How gradients are computed (ftd.backends)."""
 
     @classmethod
-    def on(cls, device: str, threads: int) -> "Numerics":
-        return cls(device=device, threads=threads if device == "cpu" else 0)
+    def on(cls, device: str, threads: int, backend: str = "auto") -> "Numerics":
+        backend = resolve(backend, device)
+        return cls(device=device, threads=threads if device == "cpu" else 0, backend=backend)
 
     def apply(self) -> torch.device:
         """Sets this process up accordingly."""
@@ -143,6 +147,9 @@ def identity(
         experts |= {"sharpness": "none", "rho": 0.0, "sharpness_weight": 1.0, "gsam_alpha": 0.0}
     elif config.sharpness.startswith("gsam") and config.gsam_alpha == 0:
         experts["sharpness"] = "sam" if config.sharpness == "gsam" else "asam"
+    bits = asdict(numerics)
+    if numerics.backend == "eager":  # sets from before there were others keep their key
+        del bits["backend"]
     who = {
         "schema": SCHEMA_VERSION,
         "data": {
@@ -153,7 +160,7 @@ def identity(
         },
         "augment": strategy,
         "experts": experts,
-        "numerics": asdict(numerics) | {"precision": "float32", "torch": str(torch.__version__)},
+        "numerics": bits | {"precision": "float32", "torch": str(torch.__version__)},
     }
     return who if precision == "float32" else who | {"snapshots": precision}
 
@@ -185,6 +192,7 @@ def train_expert(
     epochs: int,
     resume: Snapshot | None = None,
     device: torch.device | str = "cpu",
+    backend: str = "eager",
 ) -> Iterator[Snapshot]:
     """Trains expert ``index`` and yields a snapshot after each epoch up to ``epochs``.
 
@@ -194,11 +202,11 @@ def train_expert(
     """
     device = torch.device(device)
     seed = derive_seed(config.seed, "expert", index)
-    network = network_for(config.network, data.description)
+    gradients = gradients_for(network_for(config.network, data.description), backend)
     if resume is None:
-        w = network.init(generator(seed, "init")).to(device)
+        w = gradients.network.init(generator(seed, "init")).to(device)
         velocity = None
-        yield _snapshot(0, w, velocity, float("nan"), accuracy(network, w, data.val))
+        yield _snapshot(0, w, velocity, float("nan"), accuracy(gradients, w, data.val))
         first = 1
     else:
         w = resume.params_P.clone().to(device)
@@ -215,10 +223,7 @@ def train_expert(
             y = data.train.labels[i]
 
             def grad_fn(params_P: Tensor, x: Tensor = x, y: Tensor = y) -> tuple[Tensor, Tensor]:
-                params_P = params_P.detach().requires_grad_()
-                loss = F.cross_entropy(network(params_P, x), y)
-                (grad_P,) = torch.autograd.grad(loss, params_P)
-                return loss.detach(), grad_P
+                return gradients.gradient(params_P, x, y)
 
             loss, g = sharp_grad(
                 grad_fn,
@@ -243,7 +248,7 @@ def train_expert(
                 f"expert {index} diverged in epoch {epoch} (training loss {train_loss}). "
                 f"Lower experts.lr={config.lr} or experts.rho={config.rho}."
             )
-        yield _snapshot(epoch, w, velocity, train_loss, accuracy(network, w, data.val))
+        yield _snapshot(epoch, w, velocity, train_loss, accuracy(gradients, w, data.val))
 
 
 def sgd_step(
@@ -265,12 +270,12 @@ def sgd_step(
 
 
 @torch.no_grad()
-def accuracy(network: Network, params_P: Tensor, split: Split, batch_size: int = 500) -> float:
+def accuracy(gradients: Gradients, params_P: Tensor, split: Split, batch_size: int = 500) -> float:
     """Fraction of ``split`` that the network classifies correctly."""
     right = 0
     everything = torch.arange(len(split), device=params_P.device)
     for i in everything.split(batch_size):
-        logits = network(params_P, split.batch(i))
+        logits = gradients.logits(params_P, split.batch(i))
         right += int((logits.argmax(1) == split.labels[i]).sum())
     return right / len(split)
 

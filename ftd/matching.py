@@ -1,7 +1,7 @@
 """Trajectory matching and its exact gradient (FTD eq. 5; MTT Alg. 1).
 
 theta*_t -> start_P, theta*_{t+M} -> target_P, eta -> syn_lr, theta_k -> params_P after k of the
-N inner steps, x_k -> the augmented batch of step k, l -> ``loss_fn``.
+N inner steps, x_k -> the augmented batch of step k, l -> the mean cross-entropy of ``gradients``.
 
     theta_{k+1} = theta_k - eta grad_theta l(theta_k; x_k)
     L = ||theta_N - theta*_{t+M}||^2 / ||theta*_t - theta*_{t+M}||^2
@@ -18,14 +18,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ftd import augment
-from ftd.networks import Network
-
-LossFn = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(params (P,), images (N, C, H, W), labels) -> mean loss, a scalar."""
+from ftd.gradients import Gradients
 
 
 @dataclass(frozen=True)
@@ -36,9 +32,11 @@ class InnerStep:
     draw: augment.Draw | None
 
     def batch(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """(x_k, targets): floating labels are soft logits, whose softmax is the target."""
         if self.index is not None:
             images, labels = images[self.index], labels[self.index]
-        return augment.apply(self.draw, images), labels
+        targets = labels.softmax(1) if labels.is_floating_point() else labels
+        return augment.apply(self.draw, images), targets
 
 
 @dataclass(frozen=True)
@@ -51,23 +49,13 @@ class Match:
     grad_lr: Tensor
 
 
-def cross_entropy(network: Network) -> LossFn:
-    """Mean cross-entropy; integer labels (N,) are hard, floating ones (N, K) are soft logits."""
-
-    def loss_fn(params_P: Tensor, images: Tensor, labels: Tensor) -> Tensor:
-        targets = labels.softmax(1) if labels.is_floating_point() else labels
-        return F.cross_entropy(network(params_P, images), targets)
-
-    return loss_fn
-
-
 def matching_loss(end_P: Tensor, start_P: Tensor, target_P: Tensor) -> Tensor:
     """||end - target||^2 / ||start - target||^2."""
     return (end_P - target_P).square().sum() / (start_P - target_P).square().sum()
 
 
 def match_direct(
-    loss_fn: LossFn,
+    gradients: Gradients,
     start_P: Tensor,
     target_P: Tensor,
     images: Tensor,
@@ -75,12 +63,12 @@ def match_direct(
     syn_lr: Tensor,
     steps: Sequence[InnerStep],
 ) -> Match:
-    """The specification: unrolls every step in one graph and differentiates it."""
+    """The specification: unrolls every step in one graph and differentiates it by autograd."""
     with torch.enable_grad():
         x, y, eta = _leaf(images), _leaf(labels), _leaf(syn_lr)
         params_P = _leaf(start_P)
         for step in steps:
-            loss = loss_fn(params_P, *step.batch(x, y))
+            loss = gradients.loss(params_P, *step.batch(x, y))
             (grad_P,) = torch.autograd.grad(loss, params_P, create_graph=True)
             params_P = params_P - eta * grad_P
         loss = matching_loss(params_P, start_P, target_P)
@@ -90,7 +78,7 @@ def match_direct(
 
 
 def match_rematerialised(
-    loss_fn: LossFn,
+    gradients: Gradients,
     start_P: Tensor,
     target_P: Tensor,
     images: Tensor,
@@ -101,10 +89,7 @@ def match_rematerialised(
     """The same gradient at constant memory: N vectors of P, and one step's graph."""
     thetas = [start_P]
     for step in steps:
-        theta = _leaf(thetas[-1])
-        with torch.enable_grad():
-            loss = loss_fn(theta, *step.batch(images, labels))
-            (grad_P,) = torch.autograd.grad(loss, theta)
+        _, grad_P = gradients.gradient(thetas[-1], *step.batch(images, labels))
         thetas.append(thetas[-1] - syn_lr * grad_P)
 
     end_P = thetas.pop()
@@ -114,18 +99,17 @@ def match_rematerialised(
     grad_labels = torch.zeros_like(labels) if labels.is_floating_point() else None
     grad_lr = torch.zeros_like(syn_lr)
     for step in reversed(steps):
+        x, y = _leaf(images), _leaf(labels)
         with torch.enable_grad():
-            x, y, theta = _leaf(images), _leaf(labels), _leaf(thetas.pop())
-            inner = loss_fn(theta, *step.batch(x, y))
-            (grad_P,) = torch.autograd.grad(inner, theta, create_graph=True)
-            s = grad_P @ lambda_P
-            wanted = [theta, x, y] if y.requires_grad else [theta, x]
-            grads = torch.autograd.grad(s, wanted)
-        grad_lr -= s.detach()
-        grad_images.sub_(syn_lr * grads[1])
+            batch, targets = step.batch(x, y)
+        ds = gradients.second_order(thetas.pop(), batch.detach(), targets.detach(), lambda_P)
+        grad_lr -= ds.s
+        (by_x,) = torch.autograd.grad(batch, x, ds.grad_images)
+        grad_images.sub_(syn_lr * by_x)
         if grad_labels is not None:
-            grad_labels.sub_(syn_lr * grads[2])
-        lambda_P = lambda_P - syn_lr * grads[0]
+            (by_y,) = torch.autograd.grad(targets, y, ds.grad_targets)
+            grad_labels.sub_(syn_lr * by_y)
+        lambda_P = lambda_P - syn_lr * ds.grad_P
     return Match(loss, grad_images, grad_labels, grad_lr)
 
 

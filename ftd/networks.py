@@ -43,8 +43,11 @@ class Network:
     itself stays on the meta device: it holds structure, never numbers.
     """
 
-    def __init__(self, name: str, module: nn.Module):
+    def __init__(
+        self, name: str, module: nn.Module, *, channels: int, resolution: int, classes: int
+    ):
         self.name = name
+        self.channels, self.resolution, self.classes = channels, resolution, classes
         self._module = module
         self._names = [name for name, _ in module.named_parameters()]
         self._shapes = [p.shape for p in module.parameters()]
@@ -52,12 +55,13 @@ class Network:
         self.size = sum(self._sizes)
 
     def __call__(self, params_P: Tensor, images: Tensor) -> Tensor:
-        pieces = params_P.split(self._sizes)
-        named = {
-            name: piece.view(shape)
-            for name, piece, shape in zip(self._names, pieces, self._shapes, strict=True)
-        }
+        named = dict(zip(self._names, self.pieces(params_P), strict=True))
         return functional_call(self._module, named, (images,))
+
+    def pieces(self, params_P: Tensor) -> list[Tensor]:
+        """``params_P`` as the module's parameters: views, in the module's order."""
+        split = params_P.split(self._sizes)
+        return [piece.view(shape) for piece, shape in zip(split, self._shapes, strict=True)]
 
     def init(self, generator: torch.Generator) -> Tensor:
         """Fresh parameters (P,): PyTorch's default initialisation, drawn from ``generator``.
@@ -121,4 +125,4 @@ def build_network(name: str, *, channels: int, resolution: int, classes: int) ->
             depth=spec.depth,
             width=spec.width,
         )
-    return Network(name, module)
+    return Network(name, module, channels=channels, resolution=resolution, classes=classes)

@@ -87,12 +87,14 @@ def check_same(saved: dict[str, Any], config: SweepConfig) -> list[str]:
     r = config.resources
     for kind, numerics in (("expert", r.expert_numerics), ("trial", r.trial_numerics)):
         cpus, gpus = (before.get(f"resources.{unit}_per_{kind}", 0) for unit in ("cpus", "gpus"))
-        was = Numerics.on("cuda" if gpus else "cpu", max(1, int(cpus)))
+        backend = before.get(f"resources.{kind}_backend", "auto")
+        was = Numerics.on("cuda" if gpus else "cpu", max(1, int(cpus)), backend)
         if was != numerics:  # other bits: other experts, and checkpoints that do not fit
             raise UserError(
                 f"{config.output_dir} was started with a {kind} on {was.device} with {was.threads} "
-                f"threads, and now it is {numerics.device} with {numerics.threads}. Resume with "
-                f"the same resources.*_per_{kind}, or give another output.dir."
+                f"threads ({was.backend}), and now it is {numerics.device} with "
+                f"{numerics.threads} ({numerics.backend}). Resume with the same "
+                f"resources.*_per_{kind} and {kind}_backend, or give another output.dir."
             )
     changed = {k for k in {*before, *after} if before.get(k) != after.get(k)}
     allowed = {k for k in changed if any(k == c or k.startswith(f"{c}.") for c in CHANGEABLE)}

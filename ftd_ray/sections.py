@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ftd.backends import resolve
 from ftd.errors import UserError
 from ftd.expert import Numerics
 
@@ -148,6 +149,12 @@ class ResourcesConfig:
     """Also its threads, when it works on CPUs."""
     gpus_per_trial: float = 0
     """Above 0, trials work on a GPU."""
+    expert_backend: Literal["auto", "native", "compiled", "eager"] = "auto"
+    """How experts compute gradients: native (C kernels, on CPU), compiled (torch.compile) or eager.
+    auto is native on CPU where the driver has a C compiler, else eager; it is part of what an
+    expert set is."""
+    trial_backend: Literal["auto", "native", "compiled", "eager"] = "auto"
+    """The same for trials."""
 
     def __post_init__(self) -> None:
         for key in ("cpus_per_expert", "cpus_per_trial"):
@@ -160,6 +167,14 @@ class ResourcesConfig:
                     f"resources.{key}={value} must lie from 0 to 1: a worker uses one GPU or a "
                     "share of it."
                 )
+        for kind in ("expert", "trial"):  # settled here, so that a resume cannot choose otherwise
+            key, gpus = f"{kind}_backend", getattr(self, f"gpus_per_{kind}")
+            try:
+                object.__setattr__(
+                    self, key, resolve(getattr(self, key), "cuda" if gpus else "cpu")
+                )
+            except UserError as error:
+                raise UserError(f"resources.{key}: {error}") from error
 
     @property
     def expert_gpus(self) -> float | None:
@@ -168,11 +183,12 @@ class ResourcesConfig:
 
     @property
     def expert_numerics(self) -> Numerics:
-        return _numerics(self.cpus_per_expert, 1 if self.expert_gpus is None else self.expert_gpus)
+        gpus = 1 if self.expert_gpus is None else self.expert_gpus
+        return _numerics(self.cpus_per_expert, gpus, self.expert_backend)
 
     @property
     def trial_numerics(self) -> Numerics:
-        return _numerics(self.cpus_per_trial, self.gpus_per_trial)
+        return _numerics(self.cpus_per_trial, self.gpus_per_trial, self.trial_backend)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,5 +224,5 @@ class OutputConfig:
     """None for runs/<name>."""
 
 
-def _numerics(cpus: float, gpus: float) -> Numerics:
-    return Numerics.on("cuda" if gpus else "cpu", max(1, int(cpus)))
+def _numerics(cpus: float, gpus: float, backend: str) -> Numerics:
+    return Numerics.on("cuda" if gpus else "cpu", max(1, int(cpus)), backend)

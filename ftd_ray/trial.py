@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from ftd import __version__
+from ftd.backends import gradients_for
 from ftd.data import Dataset, DatasetConfig, Sender, load
 from ftd.distill import (
     DistillConfig,
@@ -35,6 +36,7 @@ from ftd.evaluate import (
     train_fresh,
 )
 from ftd.expert import Numerics, accuracy, network_for
+from ftd.gradients import Gradients
 from ftd.seeds import derive_seed
 from ftd.synthetic import SyntheticSet
 from ftd.trajectory import ExpertSet
@@ -172,9 +174,13 @@ def run_trial(
 
 def _start(spec: TrialSpec, data: Dataset, experts: Trajectories, repeat: int) -> DistillState:
     """Where a distillation begins: real images, or what ``distill.init`` says."""
-    network = network_for(spec.network, data.description)
+    gradients = _gradients(spec.network, data, spec.numerics)
     seed = spec.distill_seed(repeat)
-    return initial_state(spec.distill, data, experts, network, epochs=spec.last_epoch, seed=seed)
+    return initial_state(spec.distill, data, experts, gradients, epochs=spec.last_epoch, seed=seed)
+
+
+def _gradients(network: str, data: Dataset, numerics: Numerics) -> Gradients:
+    return gradients_for(network_for(network, data.description), numerics.backend)
 
 
 def _png(synthetic: SyntheticSet) -> bytes:
@@ -190,7 +196,7 @@ def _distilled(
 ) -> Iterator[tuple[DistillState, list[StepRecord], Score]]:
     """The state at every evaluation of one distillation, the steps up to it and its score."""
     config, settings = spec.distill, spec.evaluate
-    network = network_for(spec.network, data.description)
+    gradients = _gradients(spec.network, data, spec.numerics)
     short = Protocol.of(
         settings, network=spec.network, augment=data.strategy, epochs=settings.search_epochs
     )
@@ -203,12 +209,13 @@ def _distilled(
         epochs=spec.last_epoch,
         seed=spec.distill_seed(repeat),
         state=before,
+        backend=spec.numerics.backend,
     ):
         records.append(record)
         if record.step < config.iterations and record.step % settings.every:
             continue
         score = evaluate(
-            network,
+            gradients,
             state.ema_images,
             state.label_targets,
             record.syn_lr,
@@ -328,7 +335,7 @@ def final_scores(spec: FinalSpec) -> list[tuple[float, float]]:
     device = spec.numerics.apply()
     data = load(spec.dataset, device, spec.sender)
     synthetic = SyntheticSet.load(io.BytesIO(spec.synthetic))
-    network = network_for(synthetic.protocol.network, data.description)
+    gradients = _gradients(synthetic.protocol.network, data, spec.numerics)
     seed = derive_seed(spec.seed, "final")
     scores = []
     for i in spec.networks:
@@ -339,9 +346,9 @@ def final_scores(spec: FinalSpec) -> list[tuple[float, float]]:
             ipc = len(synthetic.images) // len(synthetic.class_names)
             images, labels = random_real(data, ipc, seed=seed, index=i)
             lr = spec.baseline_lr
-        w = train_fresh(network, images, labels, lr, synthetic.protocol, seed=seed, index=i)
-        test = accuracy(network, w, data.test) if spec.test else nan
-        scores.append((accuracy(network, w, data.val), test))
+        w = train_fresh(gradients, images, labels, lr, synthetic.protocol, seed=seed, index=i)
+        test = accuracy(gradients, w, data.test) if spec.test else nan
+        scores.append((accuracy(gradients, w, data.val), test))
     return scores
 
 
@@ -368,10 +375,10 @@ def whole_data_scores(spec: WholeDataSpec) -> list[float]:
     """
     device = spec.numerics.apply()
     data = load(spec.dataset, device, spec.sender)
-    network = network_for(spec.network, data.description)
+    gradients = _gradients(spec.network, data, spec.numerics)
     experts = TrajectoryStore(spec.store_uri).expert_set(spec.identity)
     try:
         ends = [experts.segment(e, spec.epochs, spec.epochs)[1] for e in range(spec.experts)]
     except (UserError, OSError):
         return []
-    return [accuracy(network, torch.tensor(w, device=device), data.test) for w in ends]
+    return [accuracy(gradients, torch.tensor(w, device=device), data.test) for w in ends]

@@ -25,7 +25,8 @@ from ftd.distill import (
 )
 from ftd.errors import Diverged, UserError
 from ftd.expert import ExpertConfig, network_for, train_expert
-from ftd.matching import cross_entropy, match_direct
+from ftd.gradients import Gradients
+from ftd.matching import match_direct
 from ftd.seeds import generator
 
 NETWORK = "ConvNetD1W8"
@@ -103,7 +104,7 @@ def test_the_outer_loop_is_torchs_sgd_on_the_direct_gradient(
     config = replace(SMALL, labels=labels, lr_label=lr_label, momentum=0.5, iterations=4)
     steps = run(digits, trajectories, config)
     network = network_for(NETWORK, digits.description)
-    start = initial_state(config, digits, trajectories, network, epochs=EPOCHS, seed=0)
+    start = initial_state(config, digits, trajectories, Gradients(network), epochs=EPOCHS, seed=0)
     images, eta = start.images.clone().requires_grad_(), start.syn_lr.clone().requires_grad_()
     y = start.labels.clone().requires_grad_(labels == "soft")
     groups = [{"params": [images], "lr": config.lr_img}, {"params": [eta], "lr": config.lr_lr}]
@@ -119,7 +120,7 @@ def test_the_outer_loop_is_torchs_sgd_on_the_direct_gradient(
         first, last = (torch.tensor(v) for v in trajectories.segment(record.expert, t, t + 2))
         inner = draw_inner_steps(config, 10, digits.strategy, gen, torch.device("cpu"))
         result = match_direct(
-            cross_entropy(network), first, last, images.detach(), y.detach(), eta.detach(), inner
+            Gradients(network), first, last, images.detach(), y.detach(), eta.detach(), inner
         )
         assert record.loss == pytest.approx(result.loss.item(), rel=1e-4)
         assert record.grad_norm == pytest.approx(result.grad_images.norm().item(), rel=1e-3)
@@ -151,7 +152,7 @@ def test_ema_is_the_recursion_without_bias_correction() -> None:
 
 def test_the_average_starts_at_the_initial_images(digits: Dataset, trajectories: InMemory) -> None:
     network = network_for(NETWORK, digits.description)
-    start = initial_state(SMALL, digits, trajectories, network, epochs=EPOCHS, seed=0)
+    start = initial_state(SMALL, digits, trajectories, Gradients(network), epochs=EPOCHS, seed=0)
     assert torch.equal(start.ema_images, start.images)
     first, _ = run(digits, trajectories)[0]
     torch.testing.assert_close(first.ema_images, 0.9 * start.images + 0.1 * first.images)
@@ -433,7 +434,7 @@ def test_a_store_that_is_quicker_than_a_step_costs_no_waiting(
 
 def start(data: Dataset, trajectories: InMemory, config: DistillConfig) -> DistillState:
     network = network_for(NETWORK, data.description)
-    return initial_state(config, data, trajectories, network, epochs=EPOCHS, seed=0)
+    return initial_state(config, data, trajectories, Gradients(network), epochs=EPOCHS, seed=0)
 
 
 def test_it_starts_from_distinct_real_training_images_of_each_class(

@@ -22,6 +22,7 @@ from ftd.evaluate import (
     train_fresh,
 )
 from ftd.expert import accuracy, network_for
+from ftd.gradients import Gradients
 from ftd.networks import Network
 from ftd.seeds import generator
 
@@ -36,8 +37,8 @@ PROTOCOL = Protocol(
 
 
 @pytest.fixture
-def network(digits: Dataset) -> Network:
-    return network_for(PROTOCOL.network, digits.description)
+def gradients(digits: Dataset) -> Gradients:
+    return Gradients(network_for(PROTOCOL.network, digits.description))
 
 
 @pytest.fixture
@@ -74,25 +75,25 @@ def with_torch_optim(
 
 @pytest.mark.parametrize("labels", ["hard", "soft"])
 def test_the_protocol_is_torchs_sgd_with_a_drop_and_a_fresh_momentum_at_half(
-    network: Network, synthetic: tuple[Tensor, Tensor], labels: str
+    gradients: Gradients, synthetic: tuple[Tensor, Tensor], labels: str
 ) -> None:
     images, y = synthetic
     if labels == "soft":
         y = (3 * F.one_hot(y, 10).float()).softmax(1)
-    ours = train_fresh(network, images, y, 0.05, PROTOCOL, seed=0, index=2)
-    theirs = with_torch_optim(network, images, y, PROTOCOL, lr=0.05, index=2)
-    start = network.init(generator(0, "evaluate", 2))
+    ours = train_fresh(gradients, images, y, 0.05, PROTOCOL, seed=0, index=2)
+    theirs = with_torch_optim(gradients.network, images, y, PROTOCOL, lr=0.05, index=2)
+    start = gradients.network.init(generator(0, "evaluate", 2))
     assert (ours - theirs).norm() < 1e-4 * (theirs - start).norm()
 
 
 def test_the_drop_comes_after_half_of_the_epochs(
-    network: Network, synthetic: tuple[Tensor, Tensor]
+    gradients: Gradients, synthetic: tuple[Tensor, Tensor]
 ) -> None:
     """Without a drop factor of its own, the second half would move as far as the first."""
 
     def after(epochs: int, lr_drop: float) -> Tensor:
         protocol = replace(PROTOCOL, epochs=epochs, lr_drop=lr_drop, augment="none")
-        return train_fresh(network, *synthetic, 0.02, protocol, seed=0, index=0)
+        return train_fresh(gradients, *synthetic, 0.02, protocol, seed=0, index=0)
 
     frozen = after(6, 1e-12)  # three epochs, then as good as none
     third = after(7, 1e-12)  # 7 // 2 = 3, too
@@ -101,11 +102,11 @@ def test_the_drop_comes_after_half_of_the_epochs(
 
 
 def test_networks_do_not_depend_on_order_or_company(
-    digits: Dataset, network: Network, synthetic: tuple[Tensor, Tensor]
+    digits: Dataset, gradients: Gradients, synthetic: tuple[Tensor, Tensor]
 ) -> None:
     def accuracies(networks: list[int]) -> tuple[float, ...]:
         return evaluate(
-            network, *synthetic, 0.05, PROTOCOL, digits.test, networks=networks, seed=0
+            gradients, *synthetic, 0.05, PROTOCOL, digits.test, networks=networks, seed=0
         ).accuracies
 
     torch.manual_seed(1)
@@ -117,10 +118,10 @@ def test_networks_do_not_depend_on_order_or_company(
 
 
 def test_networks_of_another_index_or_seed_are_others(
-    network: Network, synthetic: tuple[Tensor, Tensor]
+    gradients: Gradients, synthetic: tuple[Tensor, Tensor]
 ) -> None:
     ends = [
-        train_fresh(network, *synthetic, 0.05, PROTOCOL, seed=s, index=i).numpy().tobytes()
+        train_fresh(gradients, *synthetic, 0.05, PROTOCOL, seed=s, index=i).numpy().tobytes()
         for s in (0, 1)
         for i in (0, 1)
     ]
@@ -128,24 +129,24 @@ def test_networks_of_another_index_or_seed_are_others(
 
 
 def test_training_leaves_its_inputs_and_the_global_generator_alone(
-    network: Network, synthetic: tuple[Tensor, Tensor]
+    gradients: Gradients, synthetic: tuple[Tensor, Tensor]
 ) -> None:
     before = [t.clone() for t in synthetic]
     state = torch.get_rng_state()
-    w = train_fresh(network, *synthetic, 0.05, PROTOCOL, seed=0, index=0)
+    w = train_fresh(gradients, *synthetic, 0.05, PROTOCOL, seed=0, index=0)
     assert all(torch.equal(a, b) for a, b in zip(before, synthetic, strict=True))
     assert torch.equal(torch.get_rng_state(), state)
     assert not w.requires_grad
 
 
 def test_an_evaluation_is_the_accuracy_of_the_final_epoch(
-    digits: Dataset, network: Network, synthetic: tuple[Tensor, Tensor]
+    digits: Dataset, gradients: Gradients, synthetic: tuple[Tensor, Tensor]
 ) -> None:
-    score = evaluate(network, *synthetic, 0.05, PROTOCOL, digits.val, networks=range(2), seed=3)
+    score = evaluate(gradients, *synthetic, 0.05, PROTOCOL, digits.val, networks=range(2), seed=3)
     expected = [
         accuracy(
-            network,
-            train_fresh(network, *synthetic, 0.05, PROTOCOL, seed=3, index=i),
+            gradients,
+            train_fresh(gradients, *synthetic, 0.05, PROTOCOL, seed=3, index=i),
             digits.val,
         )
         for i in range(2)
@@ -164,7 +165,7 @@ def test_real_draws_have_distinct_images_of_every_class(digits: Dataset) -> None
 
 
 def test_every_baseline_network_has_its_own_draw_of_real_images(
-    digits: Dataset, network: Network, monkeypatch: pytest.MonkeyPatch
+    digits: Dataset, gradients: Gradients, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import ftd.evaluate as module
 
@@ -178,10 +179,10 @@ def test_every_baseline_network_has_its_own_draw_of_real_images(
     monkeypatch.setattr(module, "draw_real", remember)
     protocol = replace(PROTOCOL, epochs=2)
     baseline = {"networks": (0, 1, 2), "seed": 0}
-    three = evaluate_random_real(network, digits, 2, 0.05, protocol, digits.val, **baseline)
+    three = evaluate_random_real(gradients, digits, 2, 0.05, protocol, digits.val, **baseline)
     assert len({tuple(d) for d in drawn}) == 3
     last = evaluate_random_real(
-        network, digits, 2, 0.05, protocol, digits.val, networks=(2,), seed=0
+        gradients, digits, 2, 0.05, protocol, digits.val, networks=(2,), seed=0
     )
     assert drawn[3] == drawn[2] and last.accuracies == three.accuracies[2:]
 

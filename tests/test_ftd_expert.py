@@ -23,6 +23,7 @@ from ftd.expert import (
     sgd_step,
     train_expert,
 )
+from ftd.gradients import Gradients
 from ftd.seeds import derive_seed, generator
 
 SMALL = ExpertConfig(network="ConvNetD1W8", lr=0.1, batch_size=200, rho=0.05)
@@ -158,7 +159,10 @@ def test_an_expert_learns(digits: Dataset) -> None:
     assert snapshots[-1].train_loss < snapshots[1].train_loss
     assert snapshots[0].val_accuracy < 0.3 < 0.5 < snapshots[-1].val_accuracy
     network = network_for(SMALL.network, digits.description)
-    assert accuracy(network, snapshots[-1].params_P, digits.val) == snapshots[-1].val_accuracy
+    assert (
+        accuracy(Gradients(network), snapshots[-1].params_P, digits.val)
+        == snapshots[-1].val_accuracy
+    )
 
 
 def test_accuracy_counts_right_answers_whatever_the_batch_size(digits: Dataset) -> None:
@@ -168,7 +172,7 @@ def test_accuracy_counts_right_answers_whatever_the_batch_size(digits: Dataset) 
     guesses = [int(z.argmax()) for z in network(w, images)]
     right = sum(g == y for g, y in zip(guesses, digits.test.labels.tolist(), strict=True))
     for batch_size in (1000, 7):
-        assert accuracy(network, w, digits.test, batch_size) == right / len(digits.test)
+        assert accuracy(Gradients(network), w, digits.test, batch_size) == right / len(digits.test)
 
 
 def test_snapshots_are_one_an_epoch_from_zero_and_share_no_memory(digits: Dataset) -> None:

@@ -15,11 +15,11 @@ from ftd import augment
 from ftd.augment import FAMILIES, Draw
 from ftd.data import Dataset
 from ftd.expert import network_for
+from ftd.gradients import Gradients
 from ftd.matching import (
     GRADIENTS,
     InnerStep,
     Match,
-    cross_entropy,
     match_direct,
     match_rematerialised,
     matching_loss,
@@ -33,13 +33,14 @@ GradientFn = Callable[..., Match]
 both_gradients = pytest.mark.parametrize("match", GRADIENTS.values(), ids=GRADIENTS.keys())
 
 
-def smooth_loss(params_P: Tensor, images: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of conv -> softplus -> mean -> linear: smooth, so differences converge."""
+def smooth_network(params_P: Tensor, images: Tensor) -> Tensor:
+    """conv -> softplus -> mean -> linear: smooth, so differences converge."""
     conv, bias, linear, offset = params_P.split([CONV, WIDTH, K * WIDTH, K])
     hidden = F.softplus(F.conv2d(images, conv.view(WIDTH, C, 3, 3), bias, padding=1))
-    logits = hidden.mean((2, 3)) @ linear.view(K, WIDTH).T + offset
-    targets = labels.softmax(1) if labels.is_floating_point() else labels
-    return F.cross_entropy(logits, targets)
+    return hidden.mean((2, 3)) @ linear.view(K, WIDTH).T + offset
+
+
+smooth: Any = Gradients(smooth_network)
 
 
 def smooth_problem(seed: int = 0) -> dict[str, Any]:
@@ -94,7 +95,7 @@ def check_against_finite_differences(
 
     def call(**given: Tensor) -> Match:
         given = {k: v.detach() for k, v in given.items()}
-        return match(smooth_loss, p["start_P"], p["target_P"], steps=steps, **given)
+        return match(smooth, p["start_P"], p["target_P"], steps=steps, **given)
 
     inputs = [p[k].clone().requires_grad_() for k in ("images", "labels", "syn_lr")]
     assert torch.autograd.gradcheck(
@@ -125,13 +126,13 @@ def test_gradients_agree_with_finite_differences_without_augmentation(match: Gra
 def real_problem(digits: Dataset, labels: str, n: int = 10) -> tuple[dict[str, Any], Any]:
     """A float32 ConvNet, one digit a class, and a target some real steps away."""
     network = network_for("ConvNetD2W8", digits.description)
-    loss_fn = cross_entropy(network)
+    gradients = Gradients(network)
     start_P = network.init(torch.Generator().manual_seed(0))
     target_P = start_P
     for k in range(20):
         w = target_P.detach().requires_grad_()
         i = torch.arange(64 * k % 1024, 64 * k % 1024 + 64)
-        loss = loss_fn(w, digits.train.batch(i), digits.train.labels[i])
+        loss = gradients.loss(w, digits.train.batch(i), digits.train.labels[i])
         target_P = target_P - 0.1 * torch.autograd.grad(loss, w)[0]
     picks = torch.stack([members[0] for members in digits.train.by_class])[:n]
     hard = digits.train.labels[picks]
@@ -142,7 +143,7 @@ def real_problem(digits: Dataset, labels: str, n: int = 10) -> tuple[dict[str, A
         "images": digits.train.batch(picks),
         "labels": hard if labels == "hard" else soft,
         "syn_lr": torch.tensor(0.05),
-    }, loss_fn
+    }, gradients
 
 
 def dsa_steps(n: int, count: int, batch: int | None = None) -> list[InnerStep]:
@@ -163,11 +164,11 @@ def relative_error(a: Tensor, b: Tensor) -> float:
 def test_rematerialised_equals_direct_in_float32_over_twenty_steps(
     digits: Dataset, labels: str, batch: int | None
 ) -> None:
-    problem, loss_fn = real_problem(digits, labels)
+    problem, gradients = real_problem(digits, labels)
     steps = dsa_steps(10, 20, batch)
     assert {s.draw.family for s in steps if s.draw} == set(FAMILIES)
-    direct = match_direct(loss_fn, steps=steps, **problem)
-    ours = match_rematerialised(loss_fn, steps=steps, **problem)
+    direct = match_direct(gradients, steps=steps, **problem)
+    ours = match_rematerialised(gradients, steps=steps, **problem)
     assert relative_error(ours.loss, direct.loss) < 1e-5
     assert relative_error(ours.grad_images, direct.grad_images) < 1e-4
     assert relative_error(ours.grad_lr, direct.grad_lr) < 1e-4
@@ -179,17 +180,17 @@ def test_rematerialised_equals_direct_in_float32_over_twenty_steps(
 @both_gradients
 def test_the_unrolled_student_is_plain_sgd(digits: Dataset, match: GradientFn) -> None:
     """The loss is that of torch.optim.SGD after N steps on the same augmented batches."""
-    problem, loss_fn = real_problem(digits, "hard")
+    problem, gradients = real_problem(digits, "hard")
     steps = dsa_steps(10, 8)
     w = problem["start_P"].clone().requires_grad_()
     optimiser = torch.optim.SGD([w], lr=problem["syn_lr"].item())
     for step in steps:
         optimiser.zero_grad()
-        loss_fn(w, augment.apply(step.draw, problem["images"]), problem["labels"]).backward()
+        gradients.loss(w, augment.apply(step.draw, problem["images"]), problem["labels"]).backward()
         optimiser.step()
     end, start, target = (v.detach().double() for v in (w, problem["start_P"], problem["target_P"]))
     expected = sum((end - target) ** 2) / sum((start - target) ** 2)
-    result = match(loss_fn, steps=steps, **problem)
+    result = match(gradients, steps=steps, **problem)
     assert result.loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
@@ -201,11 +202,14 @@ def test_gradients_of_a_quadratic_are_those_of_its_closed_form(match: GradientFn
     images = torch.randn(5, 1, 2, 2, generator=gen, dtype=torch.float64)
     eta, steps = torch.tensor(0.1, dtype=torch.float64), 7
 
-    def quadratic(params_P: Tensor, x: Tensor, _: Tensor) -> Tensor:
-        return (params_P - x.flatten(1).mean(0)).square().sum() / 2
+    class Quadratic(Gradients):
+        def loss(self, params_P: Tensor, images: Tensor, targets: Tensor) -> Tensor:
+            return (params_P - images.flatten(1).mean(0)).square().sum() / 2
 
     labels = torch.zeros(5, dtype=torch.int64)
-    result = match(quadratic, start, target, images, labels, eta, [InnerStep(None, None)] * steps)
+    result = match(
+        Quadratic(None), start, target, images, labels, eta, [InnerStep(None, None)] * steps
+    )
     c = images.flatten(1).mean(0)
     shrink = (1 - eta) ** steps
     end = c + shrink * (start - c)
@@ -228,7 +232,7 @@ def test_matching_loss_is_the_formula_of_the_field() -> None:
 @both_gradients
 def test_a_student_that_does_not_move_has_loss_one_and_no_image_gradient(match: GradientFn) -> None:
     problem = smooth_problem() | {"syn_lr": torch.tensor(0.0, dtype=torch.float64)}
-    result = match(smooth_loss, steps=family_steps(FAMILIES), **problem)
+    result = match(smooth, steps=family_steps(FAMILIES), **problem)
     assert result.loss.item() == 1
     assert not result.grad_images.any()
     assert result.grad_lr != 0
@@ -237,7 +241,7 @@ def test_a_student_that_does_not_move_has_loss_one_and_no_image_gradient(match: 
 @both_gradients
 def test_images_outside_every_batch_get_no_gradient(match: GradientFn) -> None:
     steps = [InnerStep(torch.tensor([0, 2]), None)] * 2
-    result = match(smooth_loss, steps=steps, **smooth_problem())
+    result = match(smooth, steps=steps, **smooth_problem())
     touched = [bool(g.any()) for g in result.grad_images]
     assert touched == [True, False, True]
 
@@ -245,7 +249,7 @@ def test_images_outside_every_batch_get_no_gradient(match: GradientFn) -> None:
 @both_gradients
 def test_hard_labels_have_no_gradient(match: GradientFn) -> None:
     problem = smooth_problem() | {"labels": torch.tensor([0, 1, 2])}
-    result = match(smooth_loss, steps=family_steps(FAMILIES), **problem)
+    result = match(smooth, steps=family_steps(FAMILIES), **problem)
     assert result.grad_labels is None
     assert result.grad_images.any()
 
@@ -254,7 +258,7 @@ def test_hard_labels_have_no_gradient(match: GradientFn) -> None:
 def test_matching_leaves_its_inputs_alone_and_returns_no_graph(match: GradientFn) -> None:
     problem = smooth_problem()
     before = {k: v.clone() for k, v in problem.items()}
-    result = match(smooth_loss, steps=family_steps(FAMILIES), **problem)
+    result = match(smooth, steps=family_steps(FAMILIES), **problem)
     assert all(torch.equal(problem[k], before[k]) for k in problem)
     for tensor in (result.loss, result.grad_images, result.grad_labels, result.grad_lr):
         assert tensor is not None and not tensor.requires_grad
@@ -262,7 +266,7 @@ def test_matching_leaves_its_inputs_alone_and_returns_no_graph(match: GradientFn
 
 @pytest.mark.parametrize("labels", ["hard", "soft"])
 def test_cross_entropy_is_the_mean_negative_log_likelihood(digits: Dataset, labels: str) -> None:
-    problem, loss_fn = real_problem(digits, labels)
+    problem, gradients = real_problem(digits, labels)
     network = network_for("ConvNetD2W8", digits.description)
     logits = network(problem["start_P"], problem["images"]).double()
     log_p = logits - logits.exp().sum(1, keepdim=True).log()
@@ -271,7 +275,8 @@ def test_cross_entropy_is_the_mean_negative_log_likelihood(digits: Dataset, labe
     else:
         y = problem["labels"].double().exp()
         expected = -(y / y.sum(1, keepdim=True) * log_p).sum(1).mean()
-    loss = loss_fn(problem["start_P"], problem["images"], problem["labels"])
+    batch = InnerStep(None, None).batch(problem["images"], problem["labels"])
+    loss = gradients.loss(problem["start_P"], *batch)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
@@ -299,7 +304,7 @@ def most_saved_tensors(match: GradientFn, steps: int) -> int:
     """What the graphs hold at once; the numbers do not matter here, so the hooks may detach."""
     live = Live()
     with torch.autograd.graph.saved_tensors_hooks(live.pack, lambda held: held.tensor):
-        match(smooth_loss, steps=[InnerStep(None, None)] * steps, **smooth_problem())
+        match(smooth, steps=[InnerStep(None, None)] * steps, **smooth_problem())
     return live.peak
 
 

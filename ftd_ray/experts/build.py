@@ -69,6 +69,7 @@ def _build(request: ExpertRequest, index: int, on_epoch: OnEpoch) -> None:
         epochs=epochs,
         resume=experts.resume_point(index),
         device=device,
+        backend=request.numerics.backend,
     )
     for snapshot in experts.record(index, training, last=epochs):
         on_epoch(snapshot)
@@ -82,7 +83,8 @@ def gpu_need(request: ExpertRequest) -> tuple[int, int]:
     device = request.numerics.apply()
     data = _dataset(request.dataset, str(device), request.sender)
     few = replace(data, train=data.train.first(3 * request.experts.batch_size))
-    for _ in train_expert(request.experts, few, 0, epochs=1, device=device):
+    backend = request.numerics.backend
+    for _ in train_expert(request.experts, few, 0, epochs=1, device=device, backend=backend):
         pass
     free, total = torch.cuda.mem_get_info(device)
     return total - free, total
