@@ -14,6 +14,10 @@
 
 FROM python:3.11-slim
 
+# The C compiler builds the CPU kernels for the processor that the container meets.
+RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev \
+    && rm -rf /var/lib/apt/lists/*
+
 WORKDIR /opt/ftd-ray
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY ftd ./ftd

@@ -71,6 +71,15 @@ alone: with `tpe` or `gp` it wants many trials.
 `wilcoxon` compares fresh networks one by one with those of the best trial, which had the same
 seeds, and prunes between the distillations of a trial (`repeats`).
 
+**Backends.** `resources.expert_backend` and `resources.trial_backend` say how gradients are
+computed. `native` (on CPU) is the ConvNet differentiated by hand over C kernels that are compiled
+once a machine, in seconds, and kept in `$FTD_CACHE` (default `~/.cache/ftd`); it needs a C
+compiler. `eager` is autograd, several times slower and the specification of the others;
+`compiled` is autograd through torch.compile, for GPUs, and has not been measured on one yet.
+`auto` is `native` on CPU where the machine that starts the sweep has a C compiler, and `eager`
+otherwise; the plan says which. Backends differ in the last bits of float32, so a choice is part of
+an expert set's key, is written into the sweep's `sweep.yaml`, and stays for `--resume`.
+
 **Repeats.** The trials of a sweep distil from the same seed and are evaluated by fresh networks of
 the same seeds, so that they differ by their configurations alone. With `repeats: 3` each trial
 distils three times, from three seeds that are the same in all trials, one after the other; outer

@@ -73,7 +73,8 @@ class Sweep:
         self._pool: Any = None
         self._phases: dict[str, float] = {}
         self._phase_began = time.monotonic()
-        self._final_worked = 0.0
+        self._final_worked = self._evaluating = 0.0
+        self._first_report: float | None = None
         self._worked = Worked()
         self._sets = {s.key: s for s in plan.sets}
         self._experts = BrokerClient(config, plan.data)
@@ -266,6 +267,8 @@ class Sweep:
 
     def trial_reported(self, number: int, report: Report) -> None:
         self._worked.just_now(report.seconds)
+        self._evaluating += report.evaluating
+        self._first_report = self._first_report or time.monotonic() - self._began
         self._progress.trial_reported(number, report)
         self.tracker.trial_reported(number, report)
 
@@ -406,9 +409,11 @@ class Sweep:
             "budget": self._used(),
             "command": self._command,
             "phases": self._phases,
+            "first_report": self._first_report and round(self._first_report, 2),
             "worked": {
                 "experts": experts.seconds,
                 "trials": self.study.trial_seconds(),
+                "evaluation": round(self._evaluating, 2),
                 "final": self._final_worked,
                 "wall": round(self._worked.covered(), 2),
             },

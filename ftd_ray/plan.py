@@ -8,7 +8,8 @@ from typing import Any
 
 from ftd.data import describe
 from ftd.data.dataset import Description
-from ftd.expert import ExpertConfig, network_for, set_key
+from ftd.expert import ExpertConfig, Numerics, network_for, set_key
+from ftd.native import unavailable
 from ftd.trajectory import PART_EPOCHS, DamagedError, ExpertSet
 from ftd_ray.config import SweepConfig
 from ftd_ray.earlier import Earlier
@@ -94,10 +95,11 @@ class Plan:
             *self._expert_lines(),
         ]
         r = c.resources
-        lines.append(
+        lines += [
             f"resources  an expert {_res(r.cpus_per_expert, r.gpus_per_expert)}, "
-            f"a trial {_res(r.cpus_per_trial, r.gpus_per_trial)}"
-        )
+            f"a trial {_res(r.cpus_per_trial, r.gpus_per_trial)}",
+            *_backend_lines(r.expert_numerics, r.trial_numerics),
+        ]
         lines += [f"  missing here: {what}" for what in lacking]
         lines += [
             f"store      {c.store.uri}",
@@ -113,6 +115,7 @@ class Plan:
             *self._data_lines(),
             *self._expert_lines(),
             f"resources  an expert {_res(r.cpus_per_expert, r.gpus_per_expert)}",
+            *_backend_lines(r.expert_numerics),
         ]
         lines += [f"  missing here: {what}" for what in lacking]
         lines += [
@@ -271,6 +274,14 @@ def machine_resources() -> dict[str, float]:
         "CPU": float(len(os.sched_getaffinity(0))),
         "GPU": float(torch.cuda.device_count()),
     }
+
+
+def _backend_lines(*workers: Numerics) -> list[str]:
+    """How gradients are computed; that a machine lacks a compiler is said here, once."""
+    lines = ["gradients  " + ", ".join(sorted({w.backend for w in workers}))]
+    if any(w.backend == "eager" and w.device == "cpu" for w in workers) and (why := unavailable()):
+        lines.append(f"  several times slower than native. {why}")
+    return lines
 
 
 def _res(cpus: float, gpus: float | str) -> str:

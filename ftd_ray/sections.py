@@ -151,8 +151,7 @@ class ResourcesConfig:
     """Above 0, trials work on a GPU."""
     expert_backend: Literal["auto", "native", "compiled", "eager"] = "auto"
     """How experts compute gradients: native (C kernels, on CPU), compiled (torch.compile) or eager.
-    auto is native on CPU where the driver has a C compiler, else eager; it is part of what an
-    expert set is."""
+    Part of what an expert set is."""
     trial_backend: Literal["auto", "native", "compiled", "eager"] = "auto"
     """The same for trials."""
 
@@ -169,12 +168,13 @@ class ResourcesConfig:
                 )
         for kind in ("expert", "trial"):  # settled here, so that a resume cannot choose otherwise
             key, gpus = f"{kind}_backend", getattr(self, f"gpus_per_{kind}")
-            try:
-                object.__setattr__(
-                    self, key, resolve(getattr(self, key), "cuda" if gpus else "cpu")
+            if gpus and getattr(self, key) == "native":
+                raise UserError(
+                    f"resources.{key}=native is for CPUs, and resources.gpus_per_{kind}={gpus} "
+                    f"takes a GPU. Take auto, compiled or eager for {key}."
                 )
-            except UserError as error:
-                raise UserError(f"resources.{key}: {error}") from error
+            found = resolve(getattr(self, key), "cuda" if gpus else "cpu")
+            object.__setattr__(self, key, found)
 
     @property
     def expert_gpus(self) -> float | None:

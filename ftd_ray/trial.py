@@ -111,6 +111,8 @@ class Report:
     """Outer steps since the report before."""
     seconds: float
     """Since the report before, evaluation included."""
+    evaluating: float = field(default=0.0, compare=False)
+    """Seconds of them that the evaluation took."""
     picture: bytes
     """PNG of the set in pixel space."""
     first_picture: bytes = b""
@@ -142,7 +144,7 @@ def run_trial(
         before = before or _start(spec, data, experts, repeat)
         first = not (repeat or before.step)
         first_picture = _png(synthetic_set(spec, data, before)) if first else b""
-        for state, records, score in _distilled(spec, data, experts, repeat, before):
+        for state, records, score, evaluating in _distilled(spec, data, experts, repeat, before):
             ended = state.step == spec.distill.iterations
             result = synthetic_set(spec, data, state, repeat)
             if ended and score.mean > max(finals, default=-1.0):
@@ -160,6 +162,7 @@ def run_trial(
                 else {},
                 curve=tuple(replace(r, step=offset + r.step) for r in records),
                 seconds=now - began,
+                evaluating=evaluating,
                 picture=_png(result),
                 first_picture=first_picture,
                 done=done,
@@ -193,8 +196,8 @@ def _distilled(
     experts: Trajectories,
     repeat: int,
     before: DistillState,
-) -> Iterator[tuple[DistillState, list[StepRecord], Score]]:
-    """The state at every evaluation of one distillation, the steps up to it and its score."""
+) -> Iterator[tuple[DistillState, list[StepRecord], Score, float]]:
+    """The state at every evaluation, the steps up to it, its score and the seconds that took."""
     config, settings = spec.distill, spec.evaluate
     gradients = _gradients(spec.network, data, spec.numerics)
     short = Protocol.of(
@@ -214,6 +217,7 @@ def _distilled(
         records.append(record)
         if record.step < config.iterations and record.step % settings.every:
             continue
+        began = time.monotonic()
         score = evaluate(
             gradients,
             state.ema_images,
@@ -224,7 +228,7 @@ def _distilled(
             networks=range(settings.search_networks),
             seed=derive_seed(spec.seed, "search"),
         )
-        yield state, records, score
+        yield state, records, score, time.monotonic() - began
         records = []
 
 

@@ -41,7 +41,8 @@ def test_built_expert_is_the_trajectory_that_training_gives(tmp_path, data):
     request = request_for(tmp_path)
     assert build(request, 1) == [0, 1, 2, 3]
     experts = set_of(request, tmp_path)
-    for snapshot in train_expert(request.experts, data, 1, epochs=3):
+    backend = request.numerics.backend
+    for snapshot in train_expert(request.experts, data, 1, epochs=3, backend=backend):
         np.testing.assert_array_equal(experts.params(1, snapshot.epoch), snapshot.params_P.numpy())
 
 

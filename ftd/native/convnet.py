@@ -104,7 +104,8 @@ class NativeGradients(Gradients):
     def gradient(self, params_P: Tensor, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         at = self._parameters(params_P)
         done = self._in_chunks(lambda x, p: self._gradient(x, p, at), images, targets)
-        return _sum([loss for loss, _ in done]), _sum([grad for _, grad in done])
+        losses, grads = zip(*done, strict=True)
+        return _sum(losses), self._vector(grads)
 
     @torch.no_grad()
     def second_order(
@@ -112,11 +113,11 @@ class NativeGradients(Gradients):
     ) -> SecondOrder:
         at, along = self._parameters(params_P), self._parameters(along_P)
         done = self._in_chunks(lambda x, p: self._second_order(x, p, at, along), images, targets)
-        s, grad_P, grad_images, grad_targets = zip(*done, strict=True)
+        s, grads, grad_images, grad_targets = zip(*done, strict=True)
         soft = targets.is_floating_point()
         return SecondOrder(
             _sum(s),
-            _sum(grad_P),
+            self._vector(grads),
             torch.cat(grad_images).permute(0, 3, 1, 2).contiguous(),
             torch.cat(grad_targets) / len(targets) if soft else None,
         )
@@ -139,19 +140,22 @@ class NativeGradients(Gradients):
     def _chunk(self, images: Tensor) -> Chunk:
         return Chunk(len(images), images.dtype, kernels(images.dtype), self._space)
 
-    def _gradient(self, images: Tensor, p_NK: Tensor, at: _Parameters) -> tuple[Tensor, Tensor]:
+    def _gradient(
+        self, images: Tensor, p_NK: Tensor, at: _Parameters
+    ) -> tuple[Tensor, _Parameters]:
+        """(l, dl/dw) of a chunk."""
         chunk = self._chunk(images)
         features, _, kept = self._forward(chunk, images, at, None)
         log_q = torch.addmm(at.bias, features, at.head.T).log_softmax(1)
         g = log_q.exp() * p_NK.sum(1, keepdim=True) - p_NK
         layers, _ = self._backward(chunk, kept, at, None, g @ at.head, None)
         grads = _Parameters(layers, g.T @ features, g.sum(0))
-        return -(p_NK * log_q).sum(), self._vector(grads)
+        return -(p_NK * log_q).sum(), grads
 
     def _second_order(
         self, images: Tensor, p_NK: Tensor, at: _Parameters, along: _Parameters
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(s, ds/dw (P,), ds/dx (n, H, W, C), n ds/dtargets (n, K))."""
+    ) -> tuple[Tensor, _Parameters, Tensor, Tensor]:
+        """(s, ds/dw, ds/dx (n, H, W, C), n ds/dtargets (n, K))."""
         chunk = self._chunk(images)
         features, features_d, kept = self._forward(chunk, images, at, along)
         assert features_d is not None
@@ -165,7 +169,7 @@ class NativeGradients(Gradients):
         head_d = torch.addmm(g_d.T @ features, g.T, features_d)
         grads = _Parameters(layers, head_d, g_d.sum(0))
         assert grad_images is not None
-        return -(p_NK * log_q_d).sum(), self._vector(grads), grad_images, -log_q_d
+        return -(p_NK * log_q_d).sum(), grads, grad_images, -log_q_d
 
     def _forward(
         self, chunk: Chunk, images: Tensor, at: _Parameters, along: _Parameters | None
@@ -241,19 +245,22 @@ class NativeGradients(Gradients):
         head = head.view(len(bias), self._width, -1).transpose(1, 2).flatten(1)
         return _Parameters(layers, head, bias)
 
-    def _vector(self, grads: _Parameters) -> Tensor:
-        """Gradients as one vector (P,); those of ``layers`` hold filters (9, C, C')."""
+    def _vector(self, chunks: Sequence[_Parameters]) -> Tensor:
+        """The chunks' gradients, whose layers hold filters (9, C, C'), as one vector (P,)."""
         pieces = []
-        for layer in grads.layers:
-            filters = layer.weight.view(3, 3, *layer.weight.shape[1:]).permute(3, 2, 0, 1)
-            pieces += [filters.flatten(), torch.zeros_like(layer.beta), layer.gamma, layer.beta]
-        head = grads.head.view(len(grads.bias), -1, self._width).transpose(1, 2)
-        return torch.cat([*pieces, head.flatten(), grads.bias])
+        for layers in zip(*(c.layers for c in chunks), strict=True):
+            filters = _sum([layer.weight for layer in layers])
+            filters = filters.view(3, 3, *filters.shape[1:]).permute(3, 2, 0, 1)
+            gamma, beta = _sum([one.gamma for one in layers]), _sum([one.beta for one in layers])
+            pieces += [filters.flatten(), torch.zeros_like(beta), gamma, beta]
+        bias = _sum([c.bias for c in chunks])
+        head = _sum([c.head for c in chunks]).view(len(bias), -1, self._width).transpose(1, 2)
+        return torch.cat([*pieces, head.flatten(), bias])
 
 
 def _sum(parts: Sequence[Tensor]) -> Tensor:
     """In order, so that the bits do not depend on which thread was faster."""
-    total = parts[0].clone()
+    total = parts[0] if len(parts) == 1 else parts[0].clone()
     for part in parts[1:]:
         total += part
     return total
