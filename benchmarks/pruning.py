@@ -30,6 +30,7 @@ def asha(folder: Path) -> list[dict[str, Any]]:
         for pruner in ("asha", "none"):
             summary = sweep(
                 folder / f"{seed}-{pruner}",
+                "digits",
                 f"seed={seed}",
                 f"search.pruner={pruner}",
                 "search.concurrency=1",

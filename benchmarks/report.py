@@ -1,15 +1,16 @@
 """What benchmarks share: the machine, figures with their spread, the files that they end in."""
 
 import json
+import os
 import platform
 import statistics
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 HERE = Path(__file__).parent
@@ -21,30 +22,42 @@ HEAD = """\
 
 Written by `make bench` (`make bench ARGS=segments` measures one part and keeps the others).
 Figures are medians with the smallest and the largest. Variants that are compared take turns in
-one run, so that a machine whose speed drifts drifts for all of them.
+one run, so that a machine whose speed drifts drifts for all of them; their ratios are taken pair
+by pair. The textbook version is [textbook.py](textbook.py): the same numbers in plain PyTorch.
+Parts that compare with it are measured on a GPU too, where there is one; other machines keep the
+last GPU figures, with their date.
 """
 
 
-def machine() -> dict[str, Any]:
-    """The conditions of a measurement."""
-    return {
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """The conditions of a measurement; packages that are not there are left out."""
+    found = {
         "processor": processor(),
-        "cpus": psutil.cpu_count(),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30),
+        "cpus": os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
         "python": platform.python_version(),
         "torch": str(torch.__version__),
-        "ray": version("ray"),
-        "pyarrow": version("pyarrow"),
         "date": time.strftime("%Y-%m-%d"),
     }
+    for package in ("ray", "pyarrow"):
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    if device == "cuda":
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
 
 
 def conditions(m: dict[str, Any]) -> str:
     """The machine in a line."""
-    return (
-        f"{m['processor']}, {m['cpus']} CPUs, {m['memory_gib']} GiB, Python {m['python']}, "
-        f"torch {m['torch']}, Ray {m['ray']}, pyarrow {m['pyarrow']}, {m['date']}."
-    )
+    parts = [m["gpu"]] if "gpu" in m else []
+    parts += [
+        m["processor"], f"{m['cpus']} CPUs", f"{m['memory_gib']} GiB",
+        f"Python {m['python']}", f"torch {m['torch']}",
+    ]  # fmt: skip
+    parts += [
+        f"{name} {m[key]}" for key, name in (("ray", "Ray"), ("pyarrow", "pyarrow")) if key in m
+    ]
+    return ", ".join([*parts, m["date"]]) + "."
 
 
 def spread(values: Sequence[float], form: str) -> str:
@@ -73,5 +86,5 @@ def processor() -> str:
 
 
 def read_results() -> dict[str, Any]:
-    """What was measured before: part -> {"machine": ..., "results": ...}."""
+    """What was measured before: part -> {"machine": ..., "results": ..., "gpu": the same}."""
     return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}

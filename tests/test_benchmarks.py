@@ -1,33 +1,232 @@
 """The benchmark measures what it says it measures."""
 
-from benchmarks.matching import Case, in_a_process, relative_error, render, step
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
-SMALL = Case("IPC 1, N = 50", "ConvNetD3", 1, 50)
+import pytest
+import torch
+
+from benchmarks import compare, evaluation, experts, matching
+from benchmarks.__main__ import PARTS, devices, merged, page
+from benchmarks.report import HERE, conditions, machine, read_results
+from ftd.matching import InnerStep
+
+MACHINE = {
+    "processor": "Some CPU", "cpus": 2, "memory_gib": 24, "python": "3.11", "torch": "2.11",
+    "date": "2026-01-01",
+}  # fmt: skip
 
 
-def test_the_two_variants_are_compared_only_when_they_give_the_same_gradients() -> None:
-    assert 0 <= relative_error(Case("small", "ConvNetD3", 1, 4)) < 1e-10
+@pytest.fixture
+def double() -> Iterator[None]:
+    with compare.double():
+        yield
 
 
-def test_a_case_is_the_same_step_at_every_call() -> None:
-    case = Case("small", "ConvNetD1W8", 1, 3)
-    a, b = step(case, "rematerialised"), step(case, "rematerialised")
-    assert a.grad_images.equal(b.grad_images) and a.grad_lr.equal(b.grad_lr)
+# --- the same numbers -----------------------------------------------------------------------
 
 
-def test_the_page_shows_medians_spread_and_conditions() -> None:
-    runs = [{"seconds": s, "mib": m} for s, m in ((1.0, 10.0), (3.0, 30.0), (2.0, 20.0))]
-    row = {
-        "case": {"name": "some case"},
-        "relative_error": 1e-6,
-        "runs": {"direct": runs, "rematerialised": runs},
-        "ratios": {"seconds": [1.0, 1.1, 0.9], "mib": [0.1, 0.1, 0.1]},
-    }
-    page = "\n".join(render({"threads": 2, "rows": [row]}))
-    assert "2.0 s (1.0 s … 3.0 s), 20 MiB (10 MiB … 30 MiB)" in page
-    assert "2 threads" in page
+def test_matching_steps_have_the_same_loss_and_gradients() -> None:
+    assert matching.difference(matching.Case(2, 4, "ConvNetD1W8"), torch.float64) < 1e-12
+
+
+def test_matching_steps_on_a_part_of_the_images_have_the_same_gradients() -> None:
+    p = matching.problem(matching.Case(2, 3, "ConvNetD1W8"), dtype=torch.float64)
+    steps = [
+        InnerStep(torch.arange(k, 20, 2), s.draw and s.draw.rows(0, 10))
+        for k, s in zip((0, 1, 0), p.steps, strict=True)
+    ]
+    p = replace(p, steps=steps)
+    for a, b in zip(matching.ours(p), matching.theirs(p), strict=True):
+        assert compare.relative(a, b) < 1e-12
+
+
+def test_a_matching_step_is_the_same_at_every_call() -> None:
+    case = matching.Case(1, 3, "ConvNetD1W8")
+    for a, b in zip(
+        matching.ours(matching.problem(case)), matching.ours(matching.problem(case)), strict=True
+    ):
+        assert a.equal(b)
+
+
+@pytest.mark.usefixtures("double")
+def test_experts_take_the_same_epoch() -> None:
+    assert experts.difference(experts.Case(40, 2, "ConvNetD1W8", batch_size=16)) < 1e-12
+
+
+@pytest.mark.usefixtures("double")
+def test_evaluations_train_the_same_networks_to_the_same_accuracies() -> None:
+    weights, accuracy = evaluation.difference(evaluation.Case(2, 5, 60, 2, "ConvNetD1W8"))
+    assert weights < 1e-12 and accuracy == 0
+
+
+def test_nothing_is_measured_when_the_numbers_differ() -> None:
+    compare.check({"float64": 1e-14, "float32": 1e-3})
+    for wrong in ({"float64": 1e-6, "float32": 1e-6}, {"float64": 1e-14, "float32": 0.3}):
+        with pytest.raises(AssertionError, match="do not give the same numbers"):
+            compare.check(wrong)
+
+
+# --- measurements ---------------------------------------------------------------------------
 
 
 def test_a_measurement_runs_in_a_process_of_its_own() -> None:
-    found = in_a_process(SMALL, "rematerialised", threads=1)
-    assert found["seconds"] > 0 and found["mib"] > 10
+    for variant in compare.VARIANTS:
+        found = compare.in_a_process("matching", matching.CURVES["N"][5], variant, "cpu")
+        assert found["seconds"] > 0 and found["mib"] > 10
+
+
+def test_on_a_gpu_memory_is_what_its_allocator_saw(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(compare.Numerics, "apply", lambda self: torch.device(self.device))
+    for name, answer in (
+        ("synchronize", None),
+        ("reset_peak_memory_stats", None),
+        ("memory_allocated", 3 * 2**20),
+        ("max_memory_allocated", 10 * 2**20),
+    ):
+        monkeypatch.setattr(
+            torch.cuda, name, lambda name=name, answer=answer: seen.append(name) or answer
+        )
+
+    def work(case: str, variant: str, device: torch.device) -> Any:
+        return lambda: seen.append(f"{case} {variant} {device}")
+
+    found = compare.measure(work, "a case", "ours", "cuda", "a warm-up")
+    assert found["mib"] == 7
+    run = "a case ours cuda"  # twice: its first run chooses kernels
+    assert [s for s in seen if s in (run, "synchronize")] == [run, "synchronize"] * 2
+
+
+def test_variants_take_turns_and_ratios_are_taken_pair_by_pair(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    turns: list[str] = []
+
+    def fake(part: str, case: str, variant: str, device: str) -> dict[str, float]:
+        turns.append(variant)
+        drift = 1.0 + len(turns[1:]) // 2
+        return {"seconds": drift * (2 if variant == "textbook" else 1), "mib": 10.0}
+
+    monkeypatch.setattr(compare, "in_a_process", fake)
+    row = compare.side_by_side("matching", "some case", "cpu", repeats=2)
+    assert turns == ["textbook", "ours"] * 2
+    assert row["ratios"] == {"seconds": [0.5, 0.5], "mib": [1.0, 1.0]}
+
+
+def test_a_curve_leaves_the_textbook_version_out_where_it_needs_too_much(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fake(part: str, case: str, variant: str, device: str) -> dict[str, float]:
+        return {"seconds": 1.0, "mib": 1000.0 * int(case) if variant == "textbook" else 50.0}
+
+    monkeypatch.setattr(compare, "in_a_process", fake)
+    points = compare.curve("matching", {x: str(x) for x in (1, 5, 10, 20)}, "cpu")
+    assert [p["x"] for p in points if "textbook" in p] == [1, 5]
+    assert [p["x"] for p in points if "ours" in p] == [1, 5, 10, 20]
+
+
+# --- the page -------------------------------------------------------------------------------
+
+
+def runs(seconds: Sequence[float], mib: float) -> list[dict[str, float]]:
+    return [{"seconds": s, "mib": mib} for s in seconds]
+
+
+def canned(part: Any, factor: float = 1.0) -> dict[str, Any]:
+    """Results of a part: the textbook takes 3 s, ours ``factor`` s."""
+    rows = []
+    for name in part.CASES:
+        textbook, ours = runs((3, 2, 4), 1000), runs((factor, 2 * factor / 3, 4 * factor / 3), 50)
+        ratios = {"seconds": [factor / 3] * 3, "mib": [0.05] * 3}
+        both = {"textbook": textbook, "ours": ours}
+        row: dict[str, Any] = {"case": name, "runs": both, "ratios": ratios}
+        if name in getattr(part, "ALONE", ()):
+            row = {"case": name, "runs": {"ours": runs((100.0,), 3000)}, "ratios": {}}
+        rows.append(row)
+    rng = random.Random(0)
+    curves = {
+        key: [
+            {"x": x} | {v: runs((x * rng.uniform(0.1, 0.2),), 20 * x)[0] for v in compare.VARIANTS}
+            for x in points
+        ]
+        for key, points in getattr(part, "CURVES", {}).items()
+    }
+    differences = {"float64": 1e-15, "float32": 2e-6, "accuracy": 0.0}
+    return {
+        "threads": 2, "backend": "some backend", "differences": differences, "rows": rows,
+        "curves": curves,
+    }  # fmt: skip
+
+
+def record(part: Any) -> dict[str, Any]:
+    return {"machine": MACHINE, "results": canned(part)}
+
+
+GPU = {"machine": MACHINE | {"gpu": "Some GPU", "date": "2025-12-31"}}
+
+
+def test_the_page_shows_medians_spread_and_targets() -> None:
+    shown = page({"matching": record(matching)})
+    assert "Some CPU, 2 CPUs, 24 GiB, Python 3.11, torch 2.11, 2026-01-01." in shown
+    assert (
+        "| IPC 10, N = 30 | time | at most x 0.33: reached "
+        "| 3.00 s (2.00 s … 4.00 s) | 1.00 s (0.67 s … 1.33 s) | x 0.33 (x 0.33 … x 0.33) |"
+    ) in shown
+    assert (
+        "| 1,000 images a step, N = 80 | memory | at most 2,048 MiB: not reached "
+        "| – | 3,000 MiB | – |"
+    ) in shown
+    assert "GPU figures: none yet." in shown and "GPU: ours" not in shown
+
+
+@pytest.mark.parametrize("name", [n for n, part in PARTS.items() if part.compared])
+def test_every_compared_part_shows_both_devices_and_draws(name: str, tmp_path: Path) -> None:
+    part = {"matching": matching, "experts": experts, "evaluation": evaluation}[name]
+    both = record(part) | {"gpu": GPU | {"results": canned(part, 0.3)}}
+    shown = page({name: both})
+    assert "GPU: ours ÷ textbook" in shown and "x 0.10 (x 0.10 … x 0.10) |" in shown
+    assert (
+        "GPU figures: backend some backend; Some GPU, Some CPU" in shown and "2025-12-31." in shown
+    )
+    widths = {line.count("|") for line in shown.splitlines() if line.startswith("|")}
+    assert len(widths) == 1
+    if both["results"]["curves"]:
+        part.draw(both, tmp_path)
+        assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+
+
+def test_a_run_without_a_gpu_keeps_the_gpu_figures() -> None:
+    gpu = {"gpu": GPU | {"results": canned(matching)}}
+    before = {"matching": record(matching) | gpu, "segments": {"machine": MACHINE, "results": {}}}
+    new = {"machine": MACHINE | {"date": "2026-02-02"}, "results": canned(matching)}
+    after = merged(before, "matching", new)
+    assert after["matching"] == new | gpu and after["segments"] == before["segments"]
+
+
+def test_a_run_on_a_gpu_alone_keeps_the_cpu_figures() -> None:
+    gpu = {"gpu": GPU | {"results": canned(matching)}}
+    assert merged({"matching": record(matching)}, "matching", gpu)["matching"] == (
+        record(matching) | gpu
+    )
+    assert "##" not in page(merged({}, "matching", gpu))  # nothing to compare it with yet
+
+
+def test_without_a_gpu_only_the_cpu_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert devices(None) == ("cpu",)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert devices(None) == ("cpu", "cuda") and devices("cuda") == ("cuda",)
+
+
+def test_conditions_leave_out_packages_that_are_not_there() -> None:
+    here = machine()
+    assert f"Ray {here['ray']}" in conditions(here)
+    assert "Ray" not in conditions({k: v for k, v in here.items() if k != "ray"})
+
+
+def test_the_page_is_that_of_the_results() -> None:
+    assert page(read_results()) == (HERE / "README.md").read_text()
