@@ -150,6 +150,7 @@ def run_distill(args: argparse.Namespace) -> int:
             "dataset": trained_on,
             "experts": store.key,
             "distill": asdict(config),
+            "numerics": asdict(numerics),
             "seed": args.seed,
         },
     )

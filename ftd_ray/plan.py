@@ -266,6 +266,16 @@ def lacking(
     return out
 
 
+def lacking_compiler(config: SweepConfig, *, experts_only: bool = False) -> list[str]:
+    """That this machine cannot use the native backend, where workers were told to."""
+    r = config.resources
+    workers = {"an expert": r.expert_numerics, "a trial": r.trial_numerics}
+    named = [what for what, n in workers.items() if n.backend == "native"]
+    named = [what for what in named if what == "an expert" or not experts_only]
+    why = unavailable() if named else None
+    return [] if why is None else [f"{' and '.join(named)}: {why}"]
+
+
 def machine_resources() -> dict[str, float]:
     """CPUs and GPUs of this machine, without starting Ray."""
     import torch

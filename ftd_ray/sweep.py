@@ -20,7 +20,7 @@ from ftd_ray.command import check_room, exit_code, open_tracker, reachable, swee
 from ftd_ray.config import SweepConfig, load_config
 from ftd_ray.earlier import read_earlier
 from ftd_ray.folder import check_same, finished_summary, only_one, saved_sweep
-from ftd_ray.plan import Plan, lacking, machine_resources, make_plan
+from ftd_ray.plan import Plan, lacking, lacking_compiler, machine_resources, make_plan
 from ftd_ray.results import result_text
 from ftd_ray.search import has_begun
 from ftd_ray.signals import signals
@@ -62,7 +62,7 @@ def _main(args: argparse.Namespace, console: Console) -> int:
     probe(config.store.uri, "store.uri")
     tracker = open_tracker(config, dry_run=args.dry_run)
     here = machine_resources()
-    missing = lacking(config, here) if address is None else []
+    missing = [*lacking(config, here), *lacking_compiler(config)] if address is None else []
     console.print(plan.text(missing), soft_wrap=True, markup=False)
     for change in changes:
         console.print(f"changed    {change}", soft_wrap=True, markup=False)

@@ -265,6 +265,7 @@ def synthetic_set(
             "experts": spec.identity,
             "expert_count": spec.experts,
             "distill": asdict(spec.distill),
+            "numerics": asdict(spec.numerics),
             "seed": spec.distill_seed(repeat),
             "step": state.step,
         },

@@ -140,6 +140,10 @@ def test_changed_condition_is_another_space():
     [
         ({"resources__cpus_per_expert": 2}, ("expert on cpu with 1 threads", "cpu with 2")),
         ({"resources__cpus_per_trial": 2}, ("trial on cpu with 1 threads", "cpu with 2")),
+        (
+            {"resources__trial_backend": "eager"},
+            ("trial on cpu with 1 threads (native)", "cpu with 1 (eager)"),
+        ),
         ({"resources__gpus_per_trial": 1}, ("trial on cpu", "cuda")),
         ({"resources__gpus_per_expert": "auto"}, ("expert on cpu", "cuda")),
     ],

@@ -35,6 +35,7 @@ from ray_helpers import (
     write_sweep,
 )
 
+from ftd.native.library import kernels
 from ftd.synthetic import SyntheticSet
 from ftd_ray.config import SearchConfig, load_config
 from ftd_ray.search import SweepStudy
@@ -243,6 +244,25 @@ def test_measured_share_of_a_gpu_without_a_gpu_is_refused_after_its_plan(here, c
 
 
 # --- dry runs -------------------------------------------------------------------------------
+
+
+def test_machine_without_a_compiler_is_told_so_once_in_the_plan(here, capsys, monkeypatch):
+    assert main(["sweep.yaml", "--dry-run"]) == 0
+    assert "gradients  native\n" in capsys.readouterr().out
+    monkeypatch.setenv("FTD_CACHE", str(here / "empty-cache"))
+    monkeypatch.setenv("CC", "no-such-compiler")
+    kernels.cache_clear()
+    try:
+        assert main(["sweep.yaml", "--dry-run"]) == 0
+        said = capsys.readouterr()
+        assert "gradients  eager\n  several times slower than native." in said.out
+        assert said.out.count("no-such-compiler is not on this machine") == 1
+        assert main(["sweep.yaml", "resources.trial_backend=native"]) == 2
+    finally:
+        kernels.cache_clear()
+    said = capsys.readouterr()
+    assert "no-such-compiler" in said.err and said.err.count("\n") == 1
+    assert not (here / "runs" / "tiny" / "sweep.yaml").exists()
 
 
 def test_dry_run_prints_the_plan_and_leaves_no_sweep_behind(here, capsys):

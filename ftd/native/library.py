@@ -65,7 +65,7 @@ def kernels(dtype: torch.dtype) -> Kernels:
     if shutil.which(compiler[0]) is None:
         raise UserError(
             f"The native backend needs a C compiler, and {compiler[0]} is not on this machine. "
-            "Install gcc (or set CC), or take resources.backend=eager."
+            "Install gcc (or set CC), or take the backend eager."
         )
     command = [*compiler, *FLAGS, f"-DREAL={TYPES[dtype]}", str(SOURCE), "-lm"]
     folder = cache_root() / "native"
@@ -80,7 +80,7 @@ def kernels(dtype: torch.dtype) -> Kernels:
     except OSError as error:
         raise UserError(
             f"The native backend's library cannot be kept in {folder} ({error}). Set FTD_CACHE to "
-            "a folder that can be written and run from, or take resources.backend=eager."
+            "a folder that can be written and run from, or take the backend eager."
         ) from error
 
 
@@ -101,7 +101,7 @@ def _compile(command: list[str], path: Path) -> None:
             said = (done.stderr.strip().splitlines() or ["no message"])[0]
             raise UserError(
                 f"The C compiler {command[0]} failed ({said}). Install gcc, set CC to another "
-                "compiler, or take resources.backend=eager."
+                "compiler, or take the backend eager."
             )
         os.replace(made, path)
 

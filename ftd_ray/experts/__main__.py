@@ -14,7 +14,7 @@ from rich.console import Console
 
 from ftd_ray.command import check_room, exit_code, open_tracker, reachable, sweep_parser
 from ftd_ray.config import load_config
-from ftd_ray.plan import lacking, machine_resources, make_plan
+from ftd_ray.plan import lacking, lacking_compiler, machine_resources, make_plan
 from ftd_ray.signals import signals
 from ftd_ray.storage import probe
 
@@ -38,6 +38,7 @@ def _main(args: argparse.Namespace, console: Console) -> int:
     missing = []
     if address is None:
         missing = lacking(config, machine_resources(), experts_only=True)
+        missing += lacking_compiler(config, experts_only=True)
     console.print(plan.experts_text(missing), soft_wrap=True, markup=False)
     if args.dry_run:
         return 0
