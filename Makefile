@@ -10,10 +10,10 @@ sweep: $(READY)  ## search on the bundled digits, to the end; goes on if it was 
 	$(BIN)/python -m ftd_ray.sweep sweeps/digits.yaml --resume $(ARGS)
 
 test: $(READY) lint  ## lint, types and every test that is not heavy
-	$(BIN)/python -m pytest -m "not heavy" $(ARGS)
+	$(BIN)/python tests/run_lanes.py quick $(ARGS)
 
 test-heavy: $(READY)  ## the tests that take minutes
-	$(BIN)/python tests/run_heavy.py $(ARGS)
+	$(BIN)/python tests/run_lanes.py heavy $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -139,6 +139,18 @@ def status(handle: Any, order: ExpertOrder) -> SetStatus:
     return fleet_status(handle, order.asker).sets[order.key]
 
 
+def assert_all_there(handle: Any, order: ExpertOrder, *, killed: int = 1) -> None:
+    """Every expert of an order is there, and each was built for it.
+
+    But for as many as were in training where somebody was killed: a process that ends, or whose
+    node has ended, may publish its expert and not be heard any more. Then that expert is found.
+    """
+    known, everything = status(handle, order), set(range(order.count))
+    assert (known.present, known.running) == (everything, {})
+    assert set(known.built) <= everything
+    assert len(known.built) >= order.count - killed
+
+
 def running_epochs(handle: Any, order: ExpertOrder) -> list[int]:
     """The last epoch of every expert in training."""
     known = fleet_status(handle, order.asker).sets

@@ -1,5 +1,7 @@
 """Real sweeps with budgets, several objectives, finalists, repeats and an earlier study."""
 
+from typing import Any
+
 import pytest
 from ray_helpers import mlflow_runs, run_sweep, summary_of, tiny, write_sweep
 
@@ -8,8 +10,14 @@ from ftd_ray.search import read_study
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(600)]
 
 
+def one_set(**changes: Any) -> dict[str, Any]:
+    """The tiny sweep on one expert set."""
+    return tiny(experts__rho=0.01, **changes)
+
+
 def test_spent_budget_ends_a_sweep_with_what_is_done_and_a_larger_one_goes_on(tmp_path):
-    write_sweep(tmp_path, tiny(search__trials=4000, search__concurrency=2, search__max_hours=0.02))
+    many = {"search__trials": 4000, "search__concurrency": 2, "search__max_hours": 0.02}
+    write_sweep(tmp_path, one_set(**many))
     ended = run_sweep(tmp_path, "sweep.yaml")
     assert ended.code == 0, ended.out + ended.err
     summary = summary_of(tmp_path)
@@ -36,7 +44,7 @@ def test_spent_budget_ends_a_sweep_with_what_is_done_and_a_larger_one_goes_on(tm
 
 
 def test_two_objectives_end_in_a_front_and_its_most_accurate_finalist_wins(tmp_path):
-    tree = tiny(
+    tree = one_set(
         distill__ipc={"choice": [1, 2]},
         search__trials=5,
         search__concurrency=2,
@@ -66,7 +74,7 @@ def test_two_objectives_end_in_a_front_and_its_most_accurate_finalist_wins(tmp_p
 
 
 def test_sweep_learns_from_an_earlier_one_and_counts_its_own_trials(tmp_path):
-    write_sweep(tmp_path, tiny(search__trials=4))
+    write_sweep(tmp_path, one_set(search__trials=4))
     assert run_sweep(tmp_path, "sweep.yaml").code == 0
     later = ("output.dir=runs/later", "search.warm_start=runs/tiny", "search.sampler=tpe")
     ran = run_sweep(tmp_path, "sweep.yaml", *later)
@@ -78,7 +86,7 @@ def test_sweep_learns_from_an_earlier_one_and_counts_its_own_trials(tmp_path):
 
 
 def test_repeats_distil_each_trial_several_times_and_compare_their_means(tmp_path):
-    tree = tiny(
+    tree = one_set(
         search__trials=3,
         search__repeats=3,
         search__pruner="wilcoxon",

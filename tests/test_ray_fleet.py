@@ -21,6 +21,7 @@ import ray
 from fleet_helpers import (
     WatchedBroker,
     ask,
+    assert_all_there,
     build,
     expert_processes,
     files_of,
@@ -162,8 +163,7 @@ def test_node_that_joins_is_used_at_once_and_one_that_is_removed_is_done_without
     }
     head.remove_node(second, allow_graceful=False)
     assert ask(answer) == list(range(6))
-    known = status(handle, order)
-    assert (known.present, set(known.built), known.running) == (set(range(6)), set(range(6)), {})
+    assert_all_there(handle, order)
     assert fleet_status(handle).nodes[first].epochs_per_second > 0
     assert files_of(tmp_path / "a") == undisturbed(tmp_path / "b", count=6, **LONG)
 
@@ -201,7 +201,7 @@ def test_node_killed_in_mid_epoch_costs_no_bit(head, nodes, broker_for, tmp_path
     raylet = victim.all_processes["raylet"][0].process
     os.kill(raylet.pid, signal.SIGKILL)
     assert ask(answer) == [0, 1, 2]
-    assert set(status(handle, order).built) == {0, 1, 2}
+    assert_all_there(handle, order)
     assert files_of(tmp_path / "a") == undisturbed(tmp_path / "b", **long)
 
 
@@ -276,12 +276,12 @@ def test_topping_up_trains_the_difference_to_the_bits_of_asking_for_all_at_once(
 ):
     nodes(num_cpus=2)
     handle = broker_for(tmp_path / "a")
-    few, many = ({"count": c, "epochs": e, "batch_size": 1200} for c, e in ((10, 20), (15, 30)))
+    few, many = ({"count": c, "epochs": e, "batch_size": 1200} for c, e in ((6, 10), (9, 15)))
     ask(handle.ensure.remote(order_for(tmp_path / "a", **few)))
     more = order_for(tmp_path / "a", **many)
     ask(handle.ensure.remote(more))
-    trained = wait_for_epochs(handle, 15 * 30)
-    assert Counter(trained) == Counter((more.key, i, e) for i in range(15) for e in range(1, 31))
+    trained = wait_for_epochs(handle, 9 * 15)
+    assert Counter(trained) == Counter((more.key, i, e) for i in range(9) for e in range(1, 16))
     assert files_of(tmp_path / "a") == undisturbed(tmp_path / "b", **many)
 
 

@@ -16,9 +16,9 @@ from ray_helpers import (
 LONG = tiny(
     experts__rho=0.01,
     experts__count=2,
-    experts__epochs=40,
+    experts__epochs=20,
     experts__batch_size=32,
-    search__trials=3,
+    search__trials=2,
 )
 
 
@@ -42,4 +42,4 @@ def test_full_disk_under_the_store_halts_the_sweep_and_resume_goes_on(tmp_path, 
     ballast.unlink()
     ran = run_sweep(tmp_path, "sweep.yaml", store, "--resume")
     assert ran.code == 0, ran.err
-    assert summary_of(tmp_path)["trials"] == {"complete": 3, "pruned": 0, "failed": 0}
+    assert summary_of(tmp_path)["trials"] == {"complete": 2, "pruned": 0, "failed": 0}

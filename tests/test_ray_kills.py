@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from ray.cluster_utils import Cluster
 from ray_helpers import (
+    SWEEP_TIMEOUT,
     environment,
     files_below,
     mlflow_runs,
@@ -24,7 +25,9 @@ from ray_helpers import (
 from ftd_ray.search import Ended, read_study
 
 KILLS = 10
-TRIALS = 8
+LATE = (2, 5, 8)
+"""Of the kills, those that come when trials are at work for sure."""
+TRIALS = 6
 STATES = {"complete": "FINISHED", "pruned": "FINISHED", "failed": "FAILED"}
 
 
@@ -38,7 +41,7 @@ def sweep(concurrency: int) -> dict[str, Any]:
             "every": 10, "search_networks": 1, "search_epochs": 40, "networks": 2, "epochs": 40,
         },
         search={
-            "trials": TRIALS, "concurrency": concurrency, "sampler": "tpe", "startup_trials": 4,
+            "trials": TRIALS, "concurrency": concurrency, "sampler": "tpe", "startup_trials": 3,
             "pruner": "asha", "reduction_factor": 2,
         },
     )  # fmt: skip
@@ -72,6 +75,11 @@ def assert_whole(folder: Path) -> None:
     assert list((folder / "runs" / "tiny" / "trials").glob("*/checkpoint")) == []
 
 
+def reports(folder: Path) -> bool:
+    """Whether the driver of now has told of a trial at work."""
+    return "  step  " in (folder / "stdout.txt").read_text()
+
+
 @pytest.mark.heavy
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("concurrency", [1, 2])
@@ -83,9 +91,17 @@ def test_driver_killed_ten_times_at_random_moments_loses_and_doubles_nothing(tmp
     assert undisturbed.code == 0, undisturbed.out + undisturbed.err
     assert_whole(whole)
     moments = random.Random(concurrency)
-    for _ in range(KILLS):
+    for kill in range(KILLS):
         with running_sweep(folder, "sweep.yaml", "--resume") as process:
-            time.sleep(moments.uniform(5, 18))
+            if kill in LATE:
+                wait_until(
+                    "a report",
+                    lambda p=process: reports(folder) or p.poll() is not None,
+                    seconds=SWEEP_TIMEOUT,
+                )
+                time.sleep(moments.uniform(0, 3))
+            else:
+                time.sleep(moments.uniform(2, 9))
             process.kill()
     resumed = run_sweep(folder, "sweep.yaml", "--resume", timeout=600)
     assert resumed.code == 0, resumed.out + resumed.err

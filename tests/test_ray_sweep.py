@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 from collections import Counter
 from collections.abc import Iterator
@@ -35,6 +36,7 @@ from ray_helpers import (
     write_sweep,
 )
 
+from ftd.expert import set_key
 from ftd.native.library import kernels
 from ftd.synthetic import SyntheticSet
 from ftd_ray.config import SearchConfig, load_config
@@ -697,7 +699,7 @@ def works(process: psutil.Process) -> bool:
 @pytest.mark.heavy
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_signal_while_mlflow_is_being_opened_leaves_no_run_running(tmp_path, signum):
-    write_sweep(tmp_path, SLOW)
+    write_sweep(tmp_path, tiny(experts__rho=0.01))
     with running_sweep(tmp_path, "sweep.yaml") as process:
         wait_until("the parent run", lambda: parent_run(tmp_path), seconds=120, every=0.01)
         os.kill(process.pid, signum)
@@ -722,14 +724,21 @@ def parent_run(folder: Path) -> bool:
         return False
 
 
-@pytest.mark.heavy
-def test_finished_sweep_asked_for_more_trials_goes_on(tmp_path):
-    done = run_to_the_end(tmp_path, tiny(search__trials=1))
+@pytest.fixture(scope="module")
+def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sweep of one trial that was finished, and then asked for a second one."""
+    folder = tmp_path_factory.mktemp("extended")
+    done = run_to_the_end(folder, tiny(experts__rho=0.01, search__trials=1))
     assert len(done.ended) == 1
-    more = run_sweep(tmp_path, "sweep.yaml", "search.trials=2", "--resume")
-    assert more.code == 0
-    assert sum(summary_of(tmp_path)["trials"].values()) == 2
-    assert {r.info.status for r in mlflow_runs(tmp_path)} == {"FINISHED"}
+    more = run_sweep(folder, "sweep.yaml", "search.trials=2", "--resume")
+    assert more.code == 0, more.out + more.err
+    return folder
+
+
+@pytest.mark.heavy
+def test_finished_sweep_asked_for_more_trials_goes_on(extended):
+    assert sum(summary_of(extended)["trials"].values()) == 2
+    assert {r.info.status for r in mlflow_runs(extended)} == {"FINISHED"}
 
 
 def forget_newer_keys(folder: Path) -> None:
@@ -757,24 +766,31 @@ def test_sweep_from_before_a_key_was_there_agrees_with_its_default_alone(here, c
 
 
 @pytest.mark.heavy
-def test_sweep_from_before_a_key_was_there_goes_on(tmp_path):
-    run_to_the_end(tmp_path, tiny(search__trials=1))
-    forget_newer_keys(tmp_path)
-    more = run_sweep(tmp_path, "sweep.yaml", "search.trials=2", "--resume")
+def test_sweep_from_before_a_key_was_there_goes_on(extended):
+    before = summary_of(extended)["trials"]
+    forget_newer_keys(extended)
+    more = run_sweep(extended, "sweep.yaml", "search.trials=3", "--resume")
     assert more.code == 0, more.out + more.err
-    assert sum(summary_of(tmp_path)["trials"].values()) == 2
-    assert summary_of(tmp_path)["trials"]["failed"] == 0
+    after = summary_of(extended)["trials"]
+    assert sum(after.values()) == sum(before.values()) + 1 == 3
+    assert after["failed"] == 0
 
 
 # --- half the bytes -------------------------------------------------------------------------
 
 
 @pytest.mark.heavy
-def test_sweep_of_half_precision_runs_on_expert_sets_of_its_own(tmp_path):
+def test_sweep_of_half_precision_runs_on_expert_sets_of_its_own(tmp_path, undisturbed):
+    point = {"experts.rho": 0.01}
+    experts = next(e for p, e in undisturbed.config.expert_points() if p == point)
+    description = make_description(undisturbed.config)
+    whole = set_key(undisturbed.config.identity(experts, description))
+    shutil.copytree(undisturbed.folder / "store" / whole, tmp_path / "store" / whole)
+    before = files_of(tmp_path / "store")
     tree = tiny(experts__rho=0.01, search__trials=2, store__uri=str(tmp_path / "store"))
-    run_to_the_end(tmp_path, tree)
     tree["store"]["precision"] = "float16"
     half = run_to_the_end(tmp_path / "half", tree)
+    assert before.items() <= files_of(tmp_path / "store").items()
     assert half.summary["trials"] == {"complete": 2, "pruned": 0, "failed": 0}
     assert half.summary["experts"]["built"] == 2 and half.summary["experts"]["reused"] == 0
     assert "for the experts to build in float16" in half.ran.out
@@ -826,7 +842,7 @@ def test_other_seed_reuses_the_experts_and_gives_another_set(tmp_path, undisturb
 
 @pytest.mark.heavy
 def test_sweep_of_which_every_trial_fails_exits_1_with_the_reasons(tmp_path):
-    write_sweep(tmp_path, tiny(distill__lr_lr=1e30, search__trials=2))
+    write_sweep(tmp_path, tiny(experts__rho=0.01, distill__lr_lr=1e30, search__trials=2))
     ran = run_sweep(tmp_path, "sweep.yaml")
     assert ran.code == 1, ran.out + ran.err
     summary = summary_of(tmp_path)
@@ -839,7 +855,7 @@ def test_sweep_of_which_every_trial_fails_exits_1_with_the_reasons(tmp_path):
 
 @pytest.mark.heavy
 def test_experts_that_diverge_fail_their_trials_with_that_reason(tmp_path):
-    write_sweep(tmp_path, tiny(experts__lr=1e30, search__trials=1))
+    write_sweep(tmp_path, tiny(experts__lr=1e30, experts__rho=0.01, search__trials=1))
     ran = run_sweep(tmp_path, "sweep.yaml")
     assert ran.code == 1, ran.out + ran.err
     (ended,) = Done(tmp_path, ran).ended

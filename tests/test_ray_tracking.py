@@ -677,7 +677,7 @@ def test_sweep_whose_server_was_gone_to_the_end_is_whole_after_a_resume(
 @pytest.mark.heavy
 @pytest.mark.timeout(600)
 def test_server_that_goes_away_costs_a_sweep_nothing_and_is_told_later(server, tmp_path):
-    write_sweep(tmp_path, tiny(search__trials=4, tracking={"uri": server.uri}))
+    write_sweep(tmp_path, tiny(experts__rho=0.01, search__trials=4, tracking={"uri": server.uri}))
     with running_sweep(tmp_path, "sweep.yaml") as process:
         output = tmp_path / "stdout.txt"
         wait_until("the second trial", lambda: "trial   1  step" in output.read_text())

@@ -1,0 +1,104 @@
+"""Runs the tests on lanes beside each other.
+
+python tests/run_lanes.py quick|heavy [arguments of pytest ...]
+
+Quick tests run in one process, with what only waits beside it. Heavy tests run file by file, each
+in a process of its own, so that lanes share no fixture, no port and no Ray; whichever lane is free
+takes the next file, the longest first. Arguments that name tests are run alone, in one process.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+TESTS = Path(__file__).parent
+WAITING = "test_ray_storage_faults.py"
+"""Waits for timeouts, and takes next to no CPU."""
+LONGEST = [
+    "test_ray_fleet.py",
+    "test_ray_kills.py",
+    "test_ray_sweep.py",
+    "test_ray_budgets.py",
+    "test_ray_shipping.py",
+    "test_ray_mlflow_ui.py",
+    "test_ray_tracking.py",
+]
+"""Heavy files that begin, in this order; all others come after them."""
+LANES = 2
+"""For heavy tests, beside the one of what waits."""
+NOTHING_FOUND = 5
+"""pytest's exit code when its arguments leave no test."""
+PYTEST = [sys.executable, "-m", "pytest", "--durations=15", "--durations-min=1"]
+MARKED = {"quick": ["-m", "not heavy"], "heavy": ["-m", "heavy", "--timeout", "900"]}
+
+
+class Lanes:
+    """Processes of pytest beside each other, and their exit codes."""
+
+    def __init__(self, command: list[str]) -> None:
+        self.codes: list[int] = []
+        self._command = command
+        self._lock = threading.Lock()
+
+    def run(self, queue: list[str], folder: Path) -> None:
+        """Takes one file after another until none is left; ``folder`` has what Ray and ftd keep."""
+        cache = folder / "cache"
+        cache.mkdir(parents=True)
+        env = {"FTD_CACHE": str(cache)} | os.environ | {"RAY_TMPDIR": str(folder)}
+        while True:
+            with self._lock:
+                if not queue:
+                    return
+                file = queue.pop(0)
+            began = time.monotonic()
+            ran = subprocess.run(
+                [*self._command, str(TESTS / file)],
+                env=env,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            with self._lock:
+                self.codes.append(ran.returncode)
+                print(f"--- {file}, {time.monotonic() - began:.0f} s\n{ran.stdout}", flush=True)
+
+
+def heavy_files() -> list[str]:
+    """The files with heavy tests, the longest first."""
+    found = sorted(p.name for p in TESTS.glob("test_*.py") if "mark.heavy" in p.read_text())
+    return sorted(found, key=lambda f: LONGEST.index(f) if f in LONGEST else len(LONGEST))
+
+
+def main(kind: str, arguments: Sequence[str]) -> int:
+    command = [*PYTEST, *MARKED[kind], *arguments]
+    if any(Path(a.partition("::")[0]).exists() for a in arguments):
+        return subprocess.run(command).returncode
+    lanes = Lanes(command)
+    queues = [[WAITING]]
+    if kind == "heavy":
+        queues += [[f for f in heavy_files() if f != WAITING]] * LANES
+    with tempfile.TemporaryDirectory(prefix="lanes-", ignore_cleanup_errors=True) as folder:
+        threads = [
+            threading.Thread(target=lanes.run, args=(queue, Path(folder, str(i))))
+            for i, queue in enumerate(queues)
+        ]
+        for thread in threads:
+            thread.start()
+        if kind == "quick":
+            others = subprocess.run([*command, "--ignore", str(TESTS / WAITING)])
+            lanes.codes.append(others.returncode)
+        for thread in threads:
+            thread.join()
+    failed = [code for code in lanes.codes if code not in (0, NOTHING_FOUND)]
+    return failed[0] if failed else min(lanes.codes)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] not in (["quick"], ["heavy"]):
+        sys.exit(f"usage: {sys.argv[0]} quick|heavy [arguments of pytest ...]")
+    sys.exit(main(sys.argv[1], sys.argv[2:]))
