@@ -33,6 +33,9 @@ R = TypeVar("R")
 CHUNK = 1_500_000
 """Numbers that the first layer may put out for one chunk of images."""
 
+_SPACE = Workspace()
+"""Of all networks: a thread works on one chunk at a time."""
+
 
 @dataclass(frozen=True)
 class _Layer:
@@ -88,7 +91,6 @@ class NativeGradients(Gradients):
             for i in range(spec.depth)
         ]
         self._limit = max(1, CHUNK // (network.resolution**2 * spec.width))
-        self._space = Workspace()
 
     @torch.no_grad()
     def logits(self, params_P: Tensor, images: Tensor) -> Tensor:
@@ -138,7 +140,7 @@ class NativeGradients(Gradients):
         return each(lambda chunk: run(*chunk), chunks)
 
     def _chunk(self, images: Tensor) -> Chunk:
-        return Chunk(len(images), images.dtype, kernels(images.dtype), self._space)
+        return Chunk(len(images), images.dtype, kernels(images.dtype), _SPACE)
 
     def _gradient(
         self, images: Tensor, p_NK: Tensor, at: _Parameters
