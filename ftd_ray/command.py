@@ -63,7 +63,7 @@ def reachable(config: "SweepConfig") -> Iterator[None]:
 
 def open_tracker(config: "SweepConfig", *, dry_run: bool) -> Any:
     """The tracker, once its server has answered; a dry run makes no database."""
-    from ftd_ray.tracking import Tracker
+    from ftd_ray.tracking import Tracker, create_database
 
     artifacts = None
     prefix = "sqlite:///"
@@ -73,6 +73,7 @@ def open_tracker(config: "SweepConfig", *, dry_run: bool) -> Any:
         if dry_run:
             return None
         os.makedirs(folder, exist_ok=True)
+        create_database(config.tracking.uri.removeprefix(prefix).partition("?")[0])
         artifacts = os.path.join(folder, "mlartifacts", config.experiment)
     return Tracker(config.tracking.uri, config.experiment, artifacts)
 

@@ -27,7 +27,7 @@ from ftd.distill import StepRecord
 from ftd.errors import UserError
 from ftd_ray import outbox, tracking, ui
 from ftd_ray.search import Ended, Suggestion
-from ftd_ray.tracking import Tracker, newest_sweeps
+from ftd_ray.tracking import Tracker, create_database, newest_sweeps
 from ftd_ray.trial import Report
 
 NAMES = {"distill.lr_lr": "lr_lr", "experts.rho": "rho"}
@@ -727,6 +727,50 @@ def test_newest_sweeps_come_first_with_their_best_accuracy_and_their_page(uri, o
     assert [p.best for p in pages] == [0.15, 0.1]
     assert [p.path for p in pages] == [t.trials_path() for t in reversed(trackers[1:])]
     assert {p.name for p in pages} == {"tiny"}
+
+
+KILLED_WHILE_MAKING = """
+import os, sys
+from mlflow import MlflowClient
+from ftd_ray.tracking import create_database
+MlflowClient.search_experiments = lambda *_, **__: os._exit(9)  # its tables are half there
+create_database(sys.argv[1])
+"""
+
+
+def test_driver_killed_while_mlflow_makes_its_database_leaves_none(tmp_path):
+    path = tmp_path / "mlflow.db"
+    killed = subprocess.run([sys.executable, "-c", KILLED_WHILE_MAKING, str(path)])
+    assert killed.returncode == 9
+    assert [p.name[: len(tracking.MAKING)] for p in tmp_path.iterdir()] == [tracking.MAKING]
+    create_database(str(path))
+    assert list(tmp_path.iterdir()) == [path]
+    before = path.read_bytes()
+    create_database(str(path))
+    assert path.read_bytes() == before
+    assert Tracker(f"sqlite:///{path}", "sweeps").experiment_id == ""
+
+
+def test_sweeps_that_begin_together_make_one_database(tmp_path):
+    path = tmp_path / "mlflow.db"
+    making = [threading.Thread(target=create_database, args=(str(path),)) for _ in range(2)]
+    for thread in making:
+        thread.start()
+    for thread in making:
+        thread.join()
+    assert list(tmp_path.iterdir()) == [path]
+    assert MlflowClient(f"sqlite:///{path}").get_experiment("0").name == "Default"
+
+
+def test_database_that_cannot_be_made_is_one_clear_line(tmp_path, monkeypatch):
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(MlflowClient, "search_experiments", full)
+    path = tmp_path / "mlflow.db"
+    with pytest.raises(UserError, match=r"mlflow\.db cannot be made \(.*No space left"):
+        create_database(str(path))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_page_of_no_database_is_one_clear_line(tmp_path, monkeypatch, capsys):
