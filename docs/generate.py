@@ -76,6 +76,7 @@ computed. `native` (on CPU) is the ConvNet differentiated by hand over C kernels
 once a machine, in seconds, and kept in `$FTD_CACHE` (default `~/.cache/ftd`); it needs a C
 compiler. `eager` is autograd, several times slower and the specification of the others;
 `compiled` is autograd through torch.compile, for GPUs, and has not been measured on one yet.
+`distill.gradient: direct` always is autograd.
 `auto` is `native` on CPU where the machine that starts the sweep has a C compiler, and `eager`
 otherwise; the plan says which. Backends differ in the last bits of float32, so a choice is part of
 an expert set's key, is written into the sweep's `sweep.yaml`, and stays for `--resume`.

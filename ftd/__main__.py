@@ -39,6 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         return int(args.run(args))
+    except KeyboardInterrupt:  # at once: threads may be training networks for hours
+        print("ftd: interrupted", file=sys.stderr, flush=True)
+        os._exit(130)
     except UserError as error:
         print(f"ftd: {error}", file=sys.stderr)
         return 2

@@ -2,9 +2,9 @@
 
 Both orders are nested ``torch.func.grad``, so that all of a step, second derivatives included, is
 one graph without autograd's own bookkeeping. A batch is cut into chunks of one size, the last
-one filled up with images that weigh nothing: hyperparameters, batch sizes and the number of
-steps never compile anything anew. What was compiled lies in the node's cache (``$FTD_CACHE``),
-where all its processes find it.
+one filled up with images that weigh nothing: hyperparameters and the number of steps never
+compile anything anew, and batch sizes only where they ask for another size of chunk. What was
+compiled lies in the node's cache (``$FTD_CACHE``), where all its processes find it.
 """
 
 import os
@@ -24,6 +24,8 @@ from ftd.networks import ConvNetSpec, Network
 
 CHUNK = 2**26
 """Numbers that the first layer may put out for one chunk: about 4 GB in second order."""
+SIZES = 1024
+"""Sizes of chunks that a process may compile, of all its networks."""
 MULTIPLE = 16
 """Sizes of smaller batches are rounded up to a multiple of it, so that few sizes exist."""
 
@@ -101,9 +103,16 @@ class CompiledGradients(Gradients):
 
     def _run(self, function: Callable[..., Any], *arguments: Tensor) -> Any:
         try:
-            return function(*(a.detach() for a in arguments))
-        except torch._dynamo.exc.TorchDynamoException as error:
-            said = str(error).strip().splitlines()[0]
+            with torch._dynamo.config.patch(
+                recompile_limit=SIZES, accumulated_recompile_limit=SIZES
+            ):
+                return function(*(a.detach() for a in arguments))
+        except (
+            torch._dynamo.exc.TorchDynamoException,
+            torch._dynamo.exc.FailOnRecompileLimitHit,
+        ) as error:
+            cause = getattr(error, "inner_exception", error)
+            said = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
             raise UserError(
                 f"torch.compile cannot compile here ({said}). Install what it asks for (a C++ "
                 "compiler, Triton for a GPU), or take backend eager."

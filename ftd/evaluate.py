@@ -183,7 +183,7 @@ def evaluate_random_real(
 def _each(
     one: Callable[[int], float], networks: Sequence[int], device: torch.device
 ) -> list[float]:
-    """On CPU a network has a thread for itself, so that the bits are those of one thread."""
+    """On CPU each of several networks has a thread for itself; one alone has all threads."""
     return each(one, networks) if device.type == "cpu" else [one(i) for i in networks]
 
 

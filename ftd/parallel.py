@@ -5,7 +5,7 @@ every operation: nothing waits, and what a thread works on stays in its core's c
 """
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from functools import cache
 from typing import TypeVar
 
@@ -22,11 +22,16 @@ def each(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
         return [function(item) for item in items]
     torch.set_num_threads(1)  # inside a piece
     try:
-        return list(_pool(threads).map(function, items))
+        running = [_pool(threads).submit(function, item) for item in items]
+        wait(running, return_when=FIRST_EXCEPTION)
+        for future in running:
+            future.cancel()  # what has not begun, if one has failed
+        wait(running)
+        return [future.result() for future in running if not future.cancelled()]
     finally:
         torch.set_num_threads(threads)
 
 
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, "native")
+    return ThreadPoolExecutor(threads, "pieces", torch.set_num_threads, (1,))

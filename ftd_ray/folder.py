@@ -80,6 +80,8 @@ def check_same(saved: dict[str, Any], config: SweepConfig) -> list[str]:
             return {k: v for one in inner for k, v in one.items()}
         return {prefix.rstrip("."): tree}
 
+    before_backends = {f"{kind}_backend": "eager" for kind in ("expert", "trial")}
+    saved = saved | {"resources": before_backends | (saved.get("resources") or {})}
     with contextlib.suppress(UserError):  # keys that are newer than the sweep get their defaults
         saved = parse_config(saved).resolved()
     resolved = yaml.safe_load(yaml.safe_dump(config.resolved()))
@@ -87,7 +89,7 @@ def check_same(saved: dict[str, Any], config: SweepConfig) -> list[str]:
     r = config.resources
     for kind, numerics in (("expert", r.expert_numerics), ("trial", r.trial_numerics)):
         cpus, gpus = (before.get(f"resources.{unit}_per_{kind}", 0) for unit in ("cpus", "gpus"))
-        backend = before.get(f"resources.{kind}_backend", "auto")
+        backend = before.get(f"resources.{kind}_backend", "eager")
         was = Numerics.on("cuda" if gpus else "cpu", max(1, int(cpus)), backend)
         if was != numerics:  # other bits: other experts, and checkpoints that do not fit
             raise UserError(

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,13 +16,14 @@ from ftd import backends
 from ftd.backends import gradients_for, resolve
 from ftd.compiled import MULTIPLE, CompiledGradients
 from ftd.data import Dataset
-from ftd.errors import UserError
+from ftd.errors import Diverged, UserError
 from ftd.evaluate import Protocol, evaluate
 from ftd.expert import ExpertConfig, Numerics, identity, train_expert
 from ftd.gradients import Gradients, SecondOrder
 from ftd.native import NativeGradients, convnet, library
 from ftd.native.chunks import chunk_sizes
 from ftd.networks import Network, build_network
+from ftd.parallel import each
 
 SHAPES = {
     "as the field's": ("ConvNetD3W32", 3, 32, 10, 7),
@@ -194,6 +196,36 @@ def test_an_evaluation_does_not_depend_on_threads(digits: Dataset) -> None:
     assert accuracies(2) == accuracies(1)
 
 
+@pytest.mark.parametrize("lr", [1e3, 1e6, 1e19, 1e30])
+def test_weights_that_run_away_are_noticed(digits: Dataset, lr: float) -> None:
+    """Kernels take NaN for a number below 0; the norm's scale tells."""
+    config = ExpertConfig(network="ConvNetD2W16", lr=lr, batch_size=100, sharpness="none")
+    with pytest.raises(Diverged, match="expert 0 diverged"):
+        list(train_expert(config, digits, 0, epochs=3, backend="native"))
+
+
+def test_images_of_another_shape_are_not_read(digits: Dataset) -> None:
+    shape = "as the field's"
+    params, images, targets, _ = problem(shape, torch.float32, soft=False)
+    with pytest.raises(AssertionError, match="no bounds"):
+        NativeGradients(network_of(shape)).gradient(params, images[..., :16, :16], targets)
+
+
+def test_a_piece_that_fails_leaves_the_threads_as_they_were() -> None:
+    torch.set_num_threads(2)
+
+    def piece(i: int) -> int:
+        if i == 0:
+            raise ValueError("no")
+        time.sleep(0.05)
+        return torch.get_num_threads()
+
+    with pytest.raises(ValueError, match="no"):
+        each(piece, range(6))
+    assert torch.get_num_threads() == 2
+    assert each(piece, range(1, 5)) == [1] * 4
+
+
 # --- the compiler ---------------------------------------------------------------------------
 
 COUNTING = """#!/bin/sh
@@ -251,6 +283,31 @@ def test_a_compiler_that_fails_is_told_in_a_line(
     assert not list((tmp_path / "cache" / "native").glob("*.so"))
 
 
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ("#!/no/such/shell\n", "cannot be run"),
+        ("#!/bin/sh\nexit 0\n", "failed (no message)"),
+    ],
+)
+def test_a_compiler_that_is_none_is_told(
+    fresh_compiler: pytest.MonkeyPatch, tmp_path: Path, script: str, said: str
+) -> None:
+    compiler = tmp_path / "strange-cc"
+    compiler.write_text(script)
+    compiler.chmod(0o755)
+    fresh_compiler.setenv("CC", str(compiler))
+    reason = library.unavailable()
+    assert reason is not None and said in reason and "strange-cc" in reason
+
+
+def test_a_compiler_command_that_cannot_be_read_is_told(
+    fresh_compiler: pytest.MonkeyPatch,
+) -> None:
+    fresh_compiler.setenv("CC", 'gcc "x')
+    assert "is no command" in (library.unavailable() or "")
+
+
 def test_a_cache_that_cannot_be_written_is_told(
     fresh_compiler: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -306,6 +363,15 @@ def test_traced_chunks_are_filled_up_and_compile_once(monkeypatch: pytest.Monkey
     assert len(counted) == 2  # the gradient and the second order
 
 
+def test_a_process_may_compile_more_sizes_than_torch_expects() -> None:
+    shape = "the smallest"
+    gradients = compiled(shape)
+    gradients._engine = lambda graph, _: graph  # type: ignore[assignment]
+    for n in range(1, 12):
+        params, images, targets, _ = problem(shape, torch.float32, False, n=n * MULTIPLE)
+        gradients.gradient(params, images, targets)
+
+
 @pytest.mark.heavy
 @pytest.mark.timeout(900)
 def test_compiled_by_inductor_is_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,7 +388,9 @@ def test_a_compiler_that_torch_cannot_use_is_told_in_a_line() -> None:
     shape = "the smallest"
     gradients = compiled(shape)
     gradients._engine = broken  # type: ignore[assignment]
-    with pytest.raises(UserError, match=r"torch.compile cannot compile here.*backend eager"):
+    with pytest.raises(
+        UserError, match=r"torch.compile cannot compile here.*no triton here.*backend eager"
+    ):
         gradients.gradient(*problem(shape, torch.float32, False)[:3])
 
 

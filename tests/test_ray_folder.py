@@ -165,6 +165,16 @@ def test_sweep_of_before_a_key_was_there_had_its_default():
         check_same(old, parse_tiny(search__repeats=2))
 
 
+def test_sweep_of_before_there_were_backends_was_eager():
+    old = saved()
+    for kind in ("expert", "trial"):
+        del old["resources"][f"{kind}_backend"]
+    with pytest.raises(UserError, match=r"\(eager\).*\(native\).*expert_backend"):
+        check_same(old, parse_tiny())
+    eager = {f"resources__{kind}_backend": "eager" for kind in ("expert", "trial")}
+    assert check_same(old, parse_tiny(**eager)) == []
+
+
 def test_sweep_that_is_no_longer_valid_is_still_compared():
     old = saved()
     old["distill"]["gone"] = 3

@@ -31,7 +31,8 @@ from ftd.parallel import each
 R = TypeVar("R")
 
 CHUNK = 1_500_000
-"""Numbers that the first layer may put out for one chunk of images."""
+"""Numbers that the first layer may put out for one chunk of images. It decides about bits, as
+kernels.c does: who changes either raises ``ftd.expert.SCHEMA_VERSION``."""
 
 _SPACE = Workspace()
 """Of all networks: a thread works on one chunk at a time."""
@@ -128,6 +129,8 @@ class NativeGradients(Gradients):
         self, run: Callable[[Tensor, Tensor], R], images: Tensor, targets: Tensor | None
     ) -> list[R]:
         """``run`` of every chunk's images (n, H, W, C) and targets' share in the mean (n, K)."""
+        side, channels = self.network.resolution, self.network.channels
+        assert images.shape[1:] == (channels, side, side), "kernels check no bounds"
         x = images.permute(0, 2, 3, 1).contiguous()
         if targets is None:
             p = x.new_empty(len(x), 0)
@@ -195,6 +198,8 @@ class NativeGradients(Gradients):
                     layer_d.gamma, layer_d.beta, out, x_d, r, q, n, S, C,
                 )  # fmt: skip
                 kept.append(_Kept(made.planes, made.y, made.y_d, r, q))
+            if not bool((r > 0).all()):  # var is no number or infinite, and the kernels hide it
+                out.fill_(torch.nan)
             x = out
         return x.view(chunk.n, -1), None if x_d is None else x_d.view(chunk.n, -1), kept
 

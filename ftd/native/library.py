@@ -61,7 +61,10 @@ def kernels(dtype: torch.dtype) -> Kernels:
 
     Raises UserError where there is no C compiler or it fails.
     """
-    compiler = shlex.split(os.environ.get("CC", "")) or ["cc"]
+    try:
+        compiler = shlex.split(os.environ.get("CC", "")) or ["cc"]
+    except ValueError as error:
+        raise UserError(f"CC={os.environ['CC']!r} is no command ({error}). Correct it.") from error
     if shutil.which(compiler[0]) is None:
         raise UserError(
             f"The native backend needs a C compiler, and {compiler[0]} is not on this machine. "
@@ -69,18 +72,20 @@ def kernels(dtype: torch.dtype) -> Kernels:
         )
     command = [*compiler, *FLAGS, f"-DREAL={TYPES[dtype]}", str(SOURCE), "-lm"]
     folder = cache_root() / "native"
+    path = folder / f"{_digest(command, len(compiler))}.so"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{_digest(command)}.so"
-        with (folder / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # the first of a node's processes compiles
-            if not path.exists():
-                _compile(command, path)
+        if not path.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            with (folder / "lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # the first of a node's processes compiles
+                if not path.exists():
+                    _compile(command, path)
         return Kernels(path, dtype)
     except OSError as error:
         raise UserError(
-            f"The native backend's library cannot be kept in {folder} ({error}). Set FTD_CACHE to "
-            "a folder that can be written and run from, or take the backend eager."
+            f"The native backend's library cannot be kept in or loaded from {folder} ({error}). "
+            "Set FTD_CACHE to another folder that can be written and run from, or take the backend "
+            "eager."
         ) from error
 
 
@@ -96,19 +101,31 @@ def unavailable() -> str | None:
 def _compile(command: list[str], path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / path.name
-        done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True)
-        if done.returncode:
+        done = _run([*command, "-o", str(made)])
+        if done.returncode or not made.exists():
             said = (done.stderr.strip().splitlines() or ["no message"])[0]
             raise UserError(
                 f"The C compiler {command[0]} failed ({said}). Install gcc, set CC to another "
                 "compiler, or take the backend eager."
             )
+        with made.open("rb") as file:
+            os.fsync(file.fileno())  # half a library is a crash without a word
         os.replace(made, path)
 
 
-def _digest(command: list[str]) -> str:
-    """Names a library: what it is made from, by what, for what."""
-    version = subprocess.run([command[0], "--version"], capture_output=True, text=True).stdout
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        raise UserError(
+            f"The C compiler {command[0]} cannot be run ({error.strerror}). Install gcc, set CC to "
+            "another compiler, or take the backend eager."
+        ) from error
+
+
+def _digest(command: list[str], words: int) -> str:
+    """Names a library: what it is made from, by what (the first ``words``), for what."""
+    version = _run([*command[:words], "--version"]).stdout
     what = [SOURCE.read_text(), " ".join(command), version, _processor()]
     return hashlib.sha256("\0".join(what).encode()).hexdigest()[:24]
 
