@@ -20,7 +20,7 @@ from torch import Tensor
 from ftd.data.cache import cache_root
 from ftd.errors import UserError
 from ftd.gradients import Gradients, SecondOrder
-from ftd.networks import ConvNetSpec, Network
+from ftd.networks import Network
 
 CHUNK = 2**26
 """Numbers that the first layer may put out for one chunk: about 4 GB in second order."""
@@ -33,10 +33,9 @@ MULTIPLE = 16
 class CompiledGradients(Gradients):
     """``ftd.gradients.Gradients`` over torch.compile. ``engine`` is torch.compile's backend."""
 
-    def __init__(self, network: Network, engine: str = "inductor"):
+    def __init__(self, network: Network, engine: str | Callable[..., Any] = "inductor"):
         super().__init__(network)
-        spec = ConvNetSpec.parse(network.name)
-        self._limit = max(1, CHUNK // (network.resolution**2 * spec.width))
+        self._limit = self.images_within(CHUNK)
         self._engine = engine
 
     def gradient(self, params_P: Tensor, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,8 +57,8 @@ class CompiledGradients(Gradients):
             )
             s += part
             grad_P += by_params
-            of_images.append(by_images.clone())
-            of_targets.append(by_targets.clone())
+            of_images.append(by_images)
+            of_targets.append(by_targets)
         n, soft = len(images), targets.is_floating_point()
         grad_targets = torch.cat(of_targets)[:n] / n if soft else None
         return SecondOrder(s, grad_P, torch.cat(of_images)[:n], grad_targets)
@@ -67,11 +66,10 @@ class CompiledGradients(Gradients):
     def _chunks(self, images: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Chunks of one size: images, and each target's share in the mean (size, K)."""
         n = len(images)
-        soft = targets if targets.is_floating_point() else F.one_hot(targets, self.network.classes)
         size = min(self._limit, ceil(n / MULTIPLE) * MULTIPLE)
         fill = -n % size
         x = F.pad(images, (0, 0, 0, 0, 0, 0, 0, fill))
-        p = F.pad(soft.to(images.dtype) / n, (0, 0, 0, fill))
+        p = F.pad(self.shares(targets, images.dtype), (0, 0, 0, fill))
         return list(zip(x.split(size), p.split(size), strict=True))
 
     def _weighted(self, params_P: Tensor, x: Tensor, p: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ftd.networks import Network
+from ftd.networks import ConvNetSpec, Network
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,17 @@ class Gradients:
 
     def __init__(self, network: Network):
         self.network = network
+
+    def shares(self, targets: Tensor, dtype: torch.dtype) -> Tensor:
+        """What each target and class weighs in l, (N, K): l = -<shares, log_softmax(logits)>."""
+        hard = not targets.is_floating_point()
+        p_NK = F.one_hot(targets, self.network.classes) if hard else targets
+        return p_NK.to(dtype) / len(targets)
+
+    def images_within(self, numbers: int) -> int:
+        """Images, at least one, for which the first layer puts out at most so many numbers."""
+        width = ConvNetSpec.parse(self.network.name).width
+        return max(1, numbers // (self.network.resolution**2 * width))
 
     def loss(self, params_P: Tensor, images: Tensor, targets: Tensor) -> Tensor:
         """l, differentiable in all of its arguments: the definition of the rest."""

@@ -269,9 +269,9 @@ def lacking(
 def lacking_compiler(config: SweepConfig, *, experts_only: bool = False) -> list[str]:
     """That this machine cannot use the native backend, where workers were told to."""
     r = config.resources
-    workers = {"an expert": r.expert_numerics, "a trial": r.trial_numerics}
-    named = [what for what, n in workers.items() if n.backend == "native"]
-    named = [what for what in named if what == "an expert" or not experts_only]
+    workers = [("an expert", r.expert_numerics), ("a trial", r.trial_numerics)]
+    asked = workers[: 1 if experts_only else 2]
+    named = [what for what, numerics in asked if numerics.backend == "native"]
     why = unavailable() if named else None
     return [] if why is None else [f"{' and '.join(named)}: {why}"]
 

@@ -4,8 +4,10 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -253,11 +255,11 @@ def test_processes_of_a_node_compile_once(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def fresh_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
+def fresh_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[pytest.MonkeyPatch]:
     """A machine that has compiled nothing yet."""
     monkeypatch.setenv("FTD_CACHE", str(tmp_path / "cache"))
     library.kernels.cache_clear()
-    yield monkeypatch  # type: ignore[misc]
+    yield monkeypatch
     library.kernels.cache_clear()
 
 
@@ -341,7 +343,7 @@ def test_the_backend_is_part_of_what_an_expert_is(digits: Dataset) -> None:
 # --- compiled -------------------------------------------------------------------------------
 
 
-def compiled(shape: str, engine: str = "aot_eager") -> CompiledGradients:
+def compiled(shape: str, engine: str | Callable[..., Any] = "aot_eager") -> CompiledGradients:
     torch._dynamo.reset()
     return CompiledGradients(network_of(shape), engine)
 
@@ -354,9 +356,8 @@ def test_the_traced_graph_is_autograd(soft: bool) -> None:
 
 def test_traced_chunks_are_filled_up_and_compile_once(monkeypatch: pytest.MonkeyPatch) -> None:
     shape = "the smallest"
-    gradients = compiled(shape)
     counted = []
-    monkeypatch.setattr(gradients, "_engine", lambda graph, _: counted.append(graph) or graph)
+    gradients = compiled(shape, lambda graph, _: counted.append(graph) or graph)
     monkeypatch.setattr(gradients, "_limit", 2 * MULTIPLE)
     for n in (2 * MULTIPLE, 5 * MULTIPLE + 3, 2 * MULTIPLE - 1):  # one size of chunk
         assert_agree(gradients, problem(shape, torch.float64, True, n=n), 1e-12)
@@ -365,8 +366,7 @@ def test_traced_chunks_are_filled_up_and_compile_once(monkeypatch: pytest.Monkey
 
 def test_a_process_may_compile_more_sizes_than_torch_expects() -> None:
     shape = "the smallest"
-    gradients = compiled(shape)
-    gradients._engine = lambda graph, _: graph  # type: ignore[assignment]
+    gradients = compiled(shape, lambda graph, _: graph)
     for n in range(1, 12):
         params, images, targets, _ = problem(shape, torch.float32, False, n=n * MULTIPLE)
         gradients.gradient(params, images, targets)
@@ -386,8 +386,7 @@ def test_a_compiler_that_torch_cannot_use_is_told_in_a_line() -> None:
         raise RuntimeError("no triton here")
 
     shape = "the smallest"
-    gradients = compiled(shape)
-    gradients._engine = broken  # type: ignore[assignment]
+    gradients = compiled(shape, broken)
     with pytest.raises(
         UserError, match=r"torch.compile cannot compile here.*no triton here.*backend eager"
     ):

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ftd.gradients import Gradients, SecondOrder
@@ -91,7 +90,7 @@ class NativeGradients(Gradients):
             )
             for i in range(spec.depth)
         ]
-        self._limit = max(1, CHUNK // (network.resolution**2 * spec.width))
+        self._limit = self.images_within(CHUNK)
 
     @torch.no_grad()
     def logits(self, params_P: Tensor, images: Tensor) -> Tensor:
@@ -132,12 +131,7 @@ class NativeGradients(Gradients):
         side, channels = self.network.resolution, self.network.channels
         assert images.shape[1:] == (channels, side, side), "kernels check no bounds"
         x = images.permute(0, 2, 3, 1).contiguous()
-        if targets is None:
-            p = x.new_empty(len(x), 0)
-        elif targets.is_floating_point():
-            p = targets.to(x.dtype) / len(x)
-        else:
-            p = F.one_hot(targets, self.network.classes).to(x.dtype) / len(x)
+        p = x.new_empty(len(x), 0) if targets is None else self.shares(targets, x.dtype)
         sizes = chunk_sizes(len(x), self._limit, torch.get_num_threads())
         chunks = list(zip(x.split(sizes), p.split(sizes), strict=True))
         return each(lambda chunk: run(*chunk), chunks)

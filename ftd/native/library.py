@@ -16,7 +16,6 @@ import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,21 +36,17 @@ if platform.machine() in ("x86_64", "AMD64"):
 class Kernels:
     """The functions of kernels.c for one floating-point type."""
 
-    def __init__(self, path: Path, dtype: torch.dtype):
-        self.dtype = dtype
+    def __init__(self, path: Path):
         self._library = ctypes.CDLL(str(path))
-        self._functions: dict[str, Any] = {}
 
     def __call__(self, name: str, *arguments: Tensor | int) -> None:
         """Calls ``name`` with pointers to tensors and with sizes; Python's lock is let go."""
-        function = self._functions.get(name)
-        if function is None:
-            function = getattr(self._library, name)
+        function = getattr(self._library, name)
+        if function.argtypes is None:
             function.restype = None
             function.argtypes = [
                 ctypes.c_void_p if isinstance(a, Tensor) else ctypes.c_longlong for a in arguments
             ]
-            self._functions[name] = function
         function(*[a.data_ptr() if isinstance(a, Tensor) else a for a in arguments])
 
 
@@ -80,7 +75,7 @@ def kernels(dtype: torch.dtype) -> Kernels:
                 fcntl.flock(lock, fcntl.LOCK_EX)  # the first of a node's processes compiles
                 if not path.exists():
                     _compile(command, path)
-        return Kernels(path, dtype)
+        return Kernels(path)
     except OSError as error:
         raise UserError(
             f"The native backend's library cannot be kept in or loaded from {folder} ({error}). "
