@@ -100,24 +100,26 @@ class StudyScheduler(DriverOnly, FIFOScheduler):
         if "failure" in result:
             self._reasons[number] = result["failure"]
             return TrialScheduler.CONTINUE  # the trial raises at its next step
-        report: Report = pickle.loads(result.pop("report"))
+        report: Report = pickle.loads(result["report"])
         prune = self._report(number, report)
+        pruned = self._study.prune(number) if prune and not report.done else None
         self._listener.trial_reported(number, report)
-        if prune and not report.done:
-            self._listener.trial_ended(self._study.prune(number))
-            return TrialScheduler.STOP
-        return TrialScheduler.CONTINUE
+        if pruned is None:
+            return TrialScheduler.CONTINUE
+        self._listener.trial_ended(pruned)
+        return TrialScheduler.STOP
 
     def on_trial_complete(
         self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]
     ) -> None:
         number = _number(trial)
+        if not self._study.is_live(number):  # pruned, and this is the report that it was pruned at
+            return
         if "report" in result:  # the last one comes here instead of to on_trial_result
-            report: Report = pickle.loads(result.pop("report"))
+            report: Report = pickle.loads(result["report"])
             self._report(number, report)
             self._listener.trial_reported(number, report)
-        if self._study.is_live(number):
-            self._listener.trial_ended(self._study.complete(number))
+        self._listener.trial_ended(self._study.complete(number))
 
     def _report(self, number: int, report: Report) -> bool:
         return self._study.report(
@@ -173,16 +175,16 @@ def run_search(
     over: Callable[[], bool],
     trials: int,
     concurrency: int,
-) -> None:
+) -> tune.ResultGrid:
     """Has Tune run ``trials`` more trials of the study, in actors that one takes from the other.
 
     ``order`` says what work a suggestion is; ``tick`` is called at every turn of Tune's loop, and
     what it raises ends the search; ``over`` ends it in good order, with trials under way left as
-    they are in the study.
+    they are in the study. Returns Tune's own table, in which failed trials alone are errors.
     """
     scratch = tempfile.mkdtemp(prefix="ftd-tune-")
     try:
-        tune.Tuner(
+        return tune.Tuner(
             tune.with_resources(
                 SweepTrial, tune.PlacementGroupFactory([{"CPU": 0, "memory": LIGHT_BYTES}])
             ),

@@ -19,6 +19,7 @@ from ftd_ray.bridge import run_search
 from ftd_ray.cluster import check_cluster, start_ray
 from ftd_ray.config import SweepConfig
 from ftd_ray.experts.client import BrokerClient
+from ftd_ray.experts.orders import Urgency
 from ftd_ray.final import FinalEvaluation
 from ftd_ray.pictures import short_names
 from ftd_ray.plan import Plan
@@ -42,6 +43,9 @@ from ftd_ray.workers import TrialOrder, start_pool
 
 REMEMBER_SECONDS = 60
 """How much of its time a killed driver forgets at most."""
+
+TRIALS_OF_A_SET = 3
+"""With so many for each expert set, all sets will be asked for sooner or later."""
 
 STOPPED_BY = {"hours": "wall time", "gpu_hours": "GPU hours"}
 """Budgets, as a summary calls what ended a search before its last trial."""
@@ -180,6 +184,8 @@ class Sweep:
         if self._stopped_by:
             return
         self._open_pool()
+        if left >= TRIALS_OF_A_SET * len(self.plan.sets):
+            self._experts.expect(s.experts for s in self.plan.sets)
         run_search(
             self.study,
             self,
@@ -310,7 +316,7 @@ class Sweep:
             cache_bytes=config.store.cache_mb * 2**20,
             folder=self._trial_folder(suggestion.number),
         )
-        experts = self._experts.order(point.experts, urgent=True)
+        experts = self._experts.order(point.experts, Urgency.TRIAL)
         self._experts.broker.ensure.remote(experts)  # before the trial's own process asks
         return TrialOrder(
             number=suggestion.number,

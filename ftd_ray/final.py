@@ -47,26 +47,16 @@ class FinalEvaluation:
 
         ``sets`` are the best trials, the best first, each with the file of its synthetic set.
         """
-        config, finalists = self._config, [trial for trial, _ in sets]
-        by_validation: list[dict[str, Any]] = []
+        config, full = self._config, []
         winner, data = sets[0]
-        if len(finalists) > 1:
+        if len(sets) > 1:
             self._say(
-                f"final      the best {len(finalists)} trials on validation images, "
+                f"final      the best {len(sets)} trials on validation images, "
                 f"{self._protocol_text()}"
             )
             scores, _ = self._final([self._final_spec(data, test=False) for _, data in sets])
             full = [val for val, _ in scores]
             winner, data = sets[max(range(len(full)), key=lambda i: full[i].mean)]
-            by_validation = [
-                {
-                    "trial": t.number,
-                    "params": t.params,
-                    "val_accuracy": t.value,
-                    "val_accuracy_full": score.to_json(),
-                }
-                for t, score in zip(finalists, full, strict=True)
-            ]
         synthetic = SyntheticSet.load(io.BytesIO(data))
         self._say(
             f"final      trial {winner.number} and random real images on test images, "
@@ -99,7 +89,17 @@ class FinalEvaluation:
                 "artifact": join(config.output_dir, "best", "synthetic.npz"),
             },
             "baseline": baseline,
-            "finalists": by_validation,
+            "finalists": [
+                {
+                    "trial": t.number,
+                    "params": t.params,
+                    "val_accuracy": t.value,
+                    "val_accuracy_full": score.to_json(),
+                }
+                for (t, _), score in zip(sets, full or [val], strict=True)
+            ]
+            if config.search.finalists > 1
+            else [],
         }
         return results, files
 

@@ -340,10 +340,11 @@ def _protocol(summary: Mapping[str, Any], config: Mapping[str, Any]) -> list[tup
         n, epochs = evaluate["search_networks"], evaluate["search_epochs"]
         selected += f", by {_many(n, 'fresh network')} of {_many(epochs, 'epoch')} each"
     if finalists := summary.get("finalists"):
+        had = "had their sets" if len(finalists) > 1 else "had its set"
+        taken = ", and the best by that was taken" if len(finalists) > 1 else ""
         selected += (
-            f". {_many(len(finalists), 'finalist')} of the search had "
-            f"{'its' if len(finalists) == 1 else 'their'} sets evaluated by the full protocol, on "
-            "validation images too, and the best by that was taken"
+            f". {_many(len(finalists), 'finalist')} of the search {had} evaluated by the full "
+            f"protocol, on validation images too{taken}"
         )
     lines = [
         ("Selected on", f"{selected}."),

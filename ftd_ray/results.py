@@ -52,7 +52,7 @@ def result_text(summary: dict[str, Any], space: Sequence[Dimension]) -> str:
             f"{describe_params(best['params'], short_names(space))}",
             f"validation  {100 * best['val_accuracy']:.1f} % (what was selected on), "
             f"{score(best['val_accuracy_full'])} by the full protocol"
-            + (f", the best of {finalists} finalists" if finalists else ""),
+            + (f", the best of {finalists} finalists" if finalists > 1 else ""),
             f"test        {score(best['test_accuracy'])} over {best['test_accuracy']['n']} fresh "
             f"networks; random real images {score(baseline['random_real'])}"
             + _whole_data(baseline),

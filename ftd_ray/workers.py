@@ -41,7 +41,7 @@ MEND_ATTEMPTS = 3
 HALT_SECONDS = 1
 """Before a trial that cannot reach its files tries again, if it still lives."""
 
-IDLE_SECONDS = 2
+IDLE_SECONDS = 3
 """For which a worker keeps its CPU or GPU after a trial, for the next one to take it over."""
 
 LIGHT_BYTES = 64 * 2**20
@@ -181,6 +181,8 @@ class SweepTrial(tune.Trainable):
             if isinstance(cause, PlaceError | OSError):  # a full disk says nothing about a trial
                 time.sleep(HALT_SECONDS)
                 return {"halt": reason}
+            if expected:  # the next trial may have the worker
+                self._order.pool.give_back.remote(self._order.number, clean=True)
             return self._fail(reason)
         except UserError as error:
             return self._fail(str(error))

@@ -20,7 +20,7 @@ from ftd.trajectory import SCHEMA_VERSION, ExpertSet
 from ftd_ray.actors import shared_actor
 from ftd_ray.experts.broker import Broker
 from ftd_ray.experts.build import ExpertRequest, build_expert
-from ftd_ray.experts.orders import ExpertOrder, FleetStatus, SetStatus
+from ftd_ray.experts.orders import ExpertOrder, FleetStatus, SetStatus, Urgency
 from ftd_ray.store import TrajectoryStore
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers have no tests
@@ -45,7 +45,7 @@ def order_for(
     store: Path,
     *,
     asker: str = "somebody",
-    urgent: bool = True,
+    urgency: Urgency = Urgency.TRIAL,
     cpus: float = 1,
     gpus: float | None = 0,
     **experts: Any,
@@ -60,7 +60,7 @@ def order_for(
         work=pickle.dumps(request),
         cpus=cpus,
         gpus=gpus,
-        urgent=urgent,
+        urgency=urgency,
     )
 
 

@@ -57,7 +57,7 @@ from ftd_ray.experts import fleet
 from ftd_ray.experts.__main__ import main
 from ftd_ray.experts.client import BrokerClient
 from ftd_ray.experts.fleet import EXPERTS_PER_GPU, GPU_HEADROOM, ExpertActor, gpu_share
-from ftd_ray.experts.orders import FleetStatus, SetStatus
+from ftd_ray.experts.orders import FleetStatus, SetStatus, Urgency
 from ftd_ray.experts.room import room_for
 from ftd_ray.store import TrajectoryStore
 
@@ -235,7 +235,7 @@ def test_urgent_order_comes_before_the_rest_of_a_fill_whatever_it_needs(
     nodes()
     handle = broker_for(tmp_path)
     fills = [
-        order_for(tmp_path, asker="fill", urgent=False, count=c, rho=r, **LONG)
+        order_for(tmp_path, asker="fill", urgency=Urgency.FILL, count=c, rho=r, **LONG)
         for c, r in ((5, 0.01), (3, 0.02))
     ]
     filled = [handle.ensure.remote(fills[0])]
@@ -243,7 +243,9 @@ def test_urgent_order_comes_before_the_rest_of_a_fill_whatever_it_needs(
     filled.append(handle.ensure.remote(fills[1]))
     wait_until("both fills in the queue", lambda: len(ask(handle.waiting.remote())) == 7)
     longer = {"epochs": LONG["epochs"] + 1, "batch_size": LONG["batch_size"]}
-    fills.append(order_for(tmp_path, asker="more", urgent=False, count=1, rho=0.02, **longer))
+    fills.append(
+        order_for(tmp_path, asker="more", urgency=Urgency.FILL, count=1, rho=0.02, **longer)
+    )
     filled.append(handle.ensure.remote(fills[2]))
     wait_until("a third fill", lambda: fleet_status(handle, "more").sets)
     further = {"epochs": LONG["epochs"] + 2, "batch_size": LONG["batch_size"]}
@@ -268,6 +270,70 @@ def test_urgent_order_comes_before_the_rest_of_a_fill_whatever_it_needs(
     assert order[4:] == [(a, 1), (a, 2), (a, 3), (a, 4), (b, 2)]
     last = max(i for i, (key, index, _) in enumerate(trained) if (key, index) in order[1:4])
     assert last < trained.index((a, 1, 1))
+
+
+def expected(folder: Path, **experts: Any) -> Any:
+    return order_for(folder, urgency=Urgency.AHEAD, **experts)
+
+
+def test_what_is_expected_is_built_by_an_actor_that_stands_and_starts_none(
+    head, nodes, broker_for, tmp_path
+):
+    nodes(num_cpus=2)
+    handle, first = broker_for(tmp_path), order_for(tmp_path)
+    orders = [expected(tmp_path, rho=0.02), expected(tmp_path, rho=0.03, count=1)]
+    ask(handle.expect.remote(orders))
+    assert ask(handle.actors.remote()) == 0
+    assert ask(handle.ensure.remote(first)) == [0, 1]
+    trained = wait_for_epochs(handle, 5 * 3)
+    assert max(Counter(trained).values()) == 1
+    wait_until("the actors' end", lambda: ask(handle.actors.remote()) == 0)
+    told = fleet_status(handle).sets
+    assert {k: (s.needed, set(s.built), s.present) for k, s in told.items()} == {
+        o.key: (o.count, set(range(o.count)), set(range(o.count))) for o in [first, *orders]
+    }
+
+
+class BusyBroker(WatchedBroker):
+    """Its actors have no time to build ahead."""
+
+    def __init__(self, *args: Any) -> None:
+        fleet.AHEAD_SECONDS = 0
+        super().__init__(*args)
+
+
+def test_what_is_expected_and_takes_long_is_built_when_it_is_asked_for(
+    head, nodes, broker_for, tmp_path
+):
+    nodes()
+    handle, first = broker_for(tmp_path, BusyBroker), order_for(tmp_path)
+    more = expected(tmp_path, rho=0.02, count=3, epochs=9)
+    ask(handle.expect.remote([more]))
+    assert ask(handle.ensure.remote(first)) == [0, 1]
+    wait_until("the actors' end", lambda: ask(handle.actors.remote()) == 0)
+    assert ask(handle.waiting.remote()) == [(more.key, i) for i in range(3)]
+    assert fleet_status(handle).sets.keys() == {first.key}
+    asked = order_for(tmp_path, rho=0.02, count=1)
+    assert (asked.key, asked.epochs) == (more.key, 3)
+    assert ask(handle.ensure.remote(asked)) == [0]
+    known = status(handle, asked)
+    assert (known.needed, known.epochs, known.present, set(known.built)) == (1, 3, {0}, {0})
+    ask(handle.withdraw.remote(asked.asker))
+    assert ask(handle.waiting.remote()) == []
+
+
+def test_what_is_expected_and_diverges_fails_whoever_asks_for_it_only(
+    head, nodes, broker_for, tmp_path
+):
+    nodes()
+    handle, first = broker_for(tmp_path), order_for(tmp_path)
+    wild = order_for(tmp_path, lr=1e30)
+    ask(handle.expect.remote([replace(wild, urgency=Urgency.AHEAD)]))
+    assert ask(handle.ensure.remote(first)) == [0, 1]
+    wait_until("the actors' end", lambda: ask(handle.actors.remote()) == 0)
+    assert ask(handle.waiting.remote()) == []
+    with pytest.raises(UserError, match="diverged"):
+        ask(handle.ensure.remote(wild))
 
 
 @pytest.mark.heavy
@@ -552,7 +618,7 @@ class PoliteBroker(StandInBroker):
 def test_fill_makes_way_for_what_waits_for_a_place(head, nodes, broker_for, tmp_path):
     nodes()
     handle = broker_for(tmp_path / "store", PoliteBroker)
-    order = replace(stand_in_order(tmp_path, count=100, gpus=0), cpus=1, urgent=False)
+    order = replace(stand_in_order(tmp_path, count=100, gpus=0), cpus=1, urgency=Urgency.FILL)
     handle.ensure.remote(order)
     wait_until("the first builds", lambda: built(tmp_path))
     ask(ray.remote(lambda: None).options(num_cpus=1).remote())

@@ -33,7 +33,14 @@ from ftd_ray.experts.fleet import (
     gpu_share,
     start_actor,
 )
-from ftd_ray.experts.orders import ExpertOrder, FleetStatus, GpuFull, NodeStatus, SetStatus
+from ftd_ray.experts.orders import (
+    ExpertOrder,
+    FleetStatus,
+    GpuFull,
+    NodeStatus,
+    SetStatus,
+    Urgency,
+)
 from ftd_ray.storage import place_error
 from ftd_ray.store import TrajectoryStore
 
@@ -52,6 +59,8 @@ class _Job:
     """The build of one expert, and who wants it."""
 
     epochs: int
+    left: int
+    """Epochs that the store has not got."""
     rank: tuple[int, int, int]
     askers: dict[int, str]
     """Turn of an order -> who placed it; the first one pays."""
@@ -80,12 +89,28 @@ class _Wanted:
     present: set[int] = field(default_factory=set)
     built: dict[int, float] = field(default_factory=dict)
     gpus: float = 0.0
+    expected: bool = True
+    """It was not asked for so far, and nothing of it built: there is nothing to tell."""
+
+    def want(self, order: ExpertOrder, published: dict[int, int]) -> None:
+        """Takes an order, and the last epoch of each expert that the store has."""
+        asked = order.urgency is not Urgency.AHEAD
+        if self.expected:
+            self.count, self.epochs, self.present = order.count, order.epochs, set()
+        elif asked:
+            self.count = max(self.count, order.count)
+            if order.epochs > self.epochs:
+                self.epochs, self.present = order.epochs, set()
+        self.expected = self.expected and not asked
+        self.present |= {i for i in range(self.count) if published.get(i, -1) >= self.epochs}
 
 
 @dataclass
 class _Asker:
     heard: float
     sets: dict[str, _Wanted] = field(default_factory=dict)
+    ahead: list[ExpertOrder] = field(default_factory=list)
+    """What it will ask for later on."""
     notes: list[str] = field(default_factory=list)
     speaks: asyncio.Event = field(default_factory=asyncio.Event)
     """Cleared while it is silent."""
@@ -119,6 +144,8 @@ class Broker(Lingering):
         """(when, node) of the epochs of the last minute."""
         self._mending: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._turns = itertools.count()
+        self._placed: set[asyncio.Task[None]] = set()
+        """Orders of what is built ahead; the event loop itself keeps no task alive."""
         self._listening: asyncio.Task[None] | None = None
 
     # --- for those who ask ------------------------------------------------------------------
@@ -139,18 +166,32 @@ class Broker(Lingering):
                 if self._askers.get(order.asker) is not asker:
                     raise
 
+    async def expect(self, orders: list[ExpertOrder]) -> None:
+        """An asker will want these later on; what is cheap enough is built while actors stand."""
+        for order in orders:
+            self._heard(order.asker).ahead.append(order)
+
+    def _build_ahead(self, name: str) -> None:
+        """Places what an asker expects, once actors are there to build something for it."""
+        asker = self._askers.get(name)
+        if asker is None:
+            return
+        orders, asker.ahead = asker.ahead, []
+        for order in orders:
+            if order.gpus is not None or footprint(order.identity) in self._needs:
+                task = asyncio.create_task(self._ensure(order, asker))
+                self._placed.add(task)
+                task.add_done_callback(self._placed.discard)
+                task.add_done_callback(lambda t: t.cancelled() or t.exception())  # told by others
+
     async def _ensure(self, order: ExpertOrder, asker: _Asker) -> None:
         published = await self._published(order)
         if self._askers.get(order.asker) is not asker:
             raise Withdrawn(f"set {order.key} is not wanted any more")
-        wanted = asker.sets.setdefault(order.key, _Wanted())
-        wanted.count = max(wanted.count, order.count)
-        if order.epochs > wanted.epochs:
-            wanted.epochs, wanted.present = order.epochs, set()
-        wanted.present |= {i for i in range(wanted.count) if published.get(i, -1) >= wanted.epochs}
+        asker.sets.setdefault(order.key, _Wanted()).want(order, published)
         turn = next(self._turns)
-        missing = [i for i in range(order.count) if published.get(i, -1) < order.epochs]
-        tasks = [self._job(order, i, turn).task for i in missing]
+        left = {i: order.epochs - published.get(i, 0) for i in range(order.count)}
+        tasks = [self._job(order, i, turn, n).task for i, n in left.items() if n > 0]
         try:
             await asyncio.gather(*(asyncio.shield(t) for t in tasks))
         except BaseException:  # without one expert, the others are of no use to this order
@@ -160,7 +201,7 @@ class Broker(Lingering):
     async def status(self, asker: str) -> FleetStatus:
         """What came of an asker's orders so far; asking says that it is still there."""
         me = self._heard(asker)
-        sets = {key: self._set_status(key, wanted, asker) for key, wanted in me.sets.items()}
+        sets = {k: self._set_status(k, w, asker) for k, w in me.sets.items() if not w.expected}
         fleets = self._fleets.values()
         starting = sum(w.node is None for f in fleets for w in f.workers)
         return FleetStatus(sets=sets, nodes=self._nodes(), starting=starting, notes=tuple(me.notes))
@@ -191,9 +232,9 @@ class Broker(Lingering):
 
     # --- builds -----------------------------------------------------------------------------
 
-    def _job(self, order: ExpertOrder, index: int, turn: int) -> _Job:
+    def _job(self, order: ExpertOrder, index: int, turn: int, left: int) -> _Job:
         """The build of one expert: the one under way if it goes far enough, else a new one."""
-        rank = (0 if order.urgent else 1, turn, index)
+        rank = (order.urgency, turn, index)
         before = self._jobs.get((order.key, index))
         if before is not None and not before.task.done():
             if before.askers:
@@ -202,7 +243,7 @@ class Broker(Lingering):
                 return before
         else:
             before = None
-        job = _Job(order.epochs, rank, {turn: order.asker}, before)
+        job = _Job(order.epochs, left, rank, {turn: order.asker}, before)
         job.task = asyncio.create_task(self._build(order, index, job))
         self._jobs[order.key, index] = job
         return job
@@ -220,7 +261,9 @@ class Broker(Lingering):
             if not job.askers:
                 raise unwanted
             done: asyncio.Future[float | None] = asyncio.get_running_loop().create_future()
-            job.build = Build(job.rank, order.key, index, order.work, done)
+            job.build = Build(job.rank, order.key, index, job.left, order.work, done)
+            for asker in job.askers.values():
+                self._build_ahead(asker)
             try:
                 seconds = await job.fleet.run(job.build)
                 break
@@ -247,6 +290,7 @@ class Broker(Lingering):
         payer = next(iter(job.askers.values()), None)
         for asker in set(job.askers.values()) & self._askers.keys():
             wanted = self._askers[asker].sets[order.key]
+            wanted.expected = False
             if job.epochs >= wanted.epochs:
                 wanted.present.add(index)
             if asker == payer and seconds is not None:

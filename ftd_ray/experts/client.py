@@ -4,6 +4,7 @@ import contextlib
 import pickle
 import time
 import uuid
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +16,7 @@ from ftd.expert import ExpertConfig, set_key
 from ftd_ray.config import SweepConfig
 from ftd_ray.experts.broker import broker
 from ftd_ray.experts.build import ExpertRequest
-from ftd_ray.experts.orders import ExpertOrder, FleetStatus
+from ftd_ray.experts.orders import ExpertOrder, FleetStatus, Urgency
 from ftd_ray.shipping import Shipment, ship
 
 POLL_SECONDS = 1.0
@@ -45,7 +46,7 @@ class BrokerClient:
         """The broker's handle; it is started when there is none."""
         return broker(self._config.store.uri)
 
-    def order(self, experts: ExpertConfig, *, urgent: bool) -> ExpertOrder:
+    def order(self, experts: ExpertConfig, urgency: Urgency) -> ExpertOrder:
         """The order for the set of ``experts``, which may be given to anyone to place."""
         config, r = self._config, self._config.resources
         identity = config.identity(experts, self._data)
@@ -66,8 +67,12 @@ class BrokerClient:
             work=pickle.dumps(request),
             cpus=r.cpus_per_expert,
             gpus=r.expert_gpus,
-            urgent=urgent,
+            urgency=urgency,
         )
+
+    def expect(self, sets: Iterable[ExpertConfig]) -> None:
+        """Tells the broker what trials will ask for, so that it may build ahead."""
+        self.broker.expect.remote([self.order(experts, Urgency.AHEAD) for experts in sets])
 
     def poll(self) -> bool:
         """Asks about once a second, without waiting; says whether an answer came."""

@@ -12,6 +12,7 @@ from ftd.errors import UserError
 from ftd_ray.cluster import check_cluster, start_ray
 from ftd_ray.config import SweepConfig
 from ftd_ray.experts.client import BrokerClient
+from ftd_ray.experts.orders import Urgency
 from ftd_ray.pictures import short_names
 from ftd_ray.plan import Plan
 from ftd_ray.progress import Progress, duration
@@ -77,7 +78,7 @@ class Fill:
         place = self._client.broker.ensure
         pending = {}
         for planned in self.plan.sets:
-            order = self._client.order(planned.experts, urgent=False)
+            order = self._client.order(planned.experts, Urgency.FILL)
             pending[place.remote(order)] = planned.key
         failures = {}
         while pending:

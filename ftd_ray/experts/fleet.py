@@ -17,6 +17,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from ftd.errors import UserError
+from ftd_ray.experts.orders import Urgency
 from ftd_ray.experts.room import room_for
 
 ATTEMPTS = 4
@@ -25,6 +26,9 @@ LEASE_SECONDS = 300
 """After so long an actor makes way for one that may have to wait: for trials, or other fleets."""
 RECOUNT_SECONDS = 2
 """While there is work, the cluster's size is looked at this often."""
+AHEAD_SECONDS = 20
+"""An actor stays to build ahead when all of that takes no longer: about what it costs to make way
+for trials and to start again, on each core."""
 GPU_HEADROOM = 0.92
 """Share of a GPU's memory that experts together may fill."""
 EXPERTS_PER_GPU = 8
@@ -71,9 +75,11 @@ class Build:
     """One expert to be trained. The smallest ``rank`` is next."""
 
     rank: tuple[int, int, int]
-    """(0 when a trial waits, turn of the order, expert)."""
+    """(Urgency, turn of the order, expert)."""
     key: str
     index: int
+    epochs: int
+    """That are left to train, at most."""
     work: bytes
     done: asyncio.Future[float | None]
     losses: int = 0
@@ -82,6 +88,11 @@ class Build:
 
     def __lt__(self, other: "Build") -> bool:
         return self.rank < other.rank
+
+    @property
+    def due(self) -> bool:
+        """Whether somebody waits for it."""
+        return self.rank[0] != Urgency.AHEAD
 
     @property
     def node(self) -> str | None:
@@ -120,6 +131,8 @@ class Fleet:
         self._queue: list[Build] = []
         self.workers: set[Worker] = set()
         self._failed_starts = 0
+        self._pace: float | None = None
+        """Seconds that the last build took for an epoch."""
         self._keeper: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
 
@@ -133,6 +146,7 @@ class Fleet:
         if rank < build.rank:
             build.rank = rank
             heapq.heapify(self._queue)
+            self._attend()
 
     def drop(self, build: Build) -> None:
         """Nobody wants it any more. What its actor has published stays."""
@@ -146,14 +160,36 @@ class Fleet:
 
     def _push(self, build: Build) -> None:
         heapq.heappush(self._queue, build)
+        self._attend()
+
+    def _attend(self) -> None:
+        """Something has changed in the queue."""
         self._wake.set()
         if self._keeper is None or self._keeper.done():
             self._keeper = asyncio.create_task(self._keep())
 
+    def _due(self) -> int:
+        """Builds that somebody waits for and no actor has taken yet."""
+        return sum(build.due for build in self._queue)
+
+    def _next(self) -> Build | None:
+        """What an actor that is free should do now; None if it should make way.
+
+        Only one stays for what is built ahead, and only if that is over soon.
+        """
+        if not self._queue:
+            return None
+        if not self._queue[0].due:
+            stays = any(w.build is not None and not w.build.due for w in self.workers)
+            epochs = sum(build.epochs for build in self._queue)
+            if stays or self._pace is None or self._pace * epochs > AHEAD_SECONDS:
+                return None
+        return heapq.heappop(self._queue)
+
     async def _keep(self) -> None:
         """Starts and withdraws actors while there is work."""
         room = 1
-        while self._queue or self.workers:
+        while self._due() or self.workers:
             self._wake.clear()
             with contextlib.suppress(Exception):  # the cluster does not answer just now
                 room = await asyncio.to_thread(self._room, *self.size)
@@ -167,7 +203,7 @@ class Fleet:
     def _adjust(self, room: int) -> None:
         """Starts or withdraws actors until there are as many as work and room are there for."""
         busy = sum(w.build is not None for w in self.workers)
-        wanted = min(room, busy + len(self._queue))
+        wanted = min(room, busy + self._due())
         for _ in range(wanted - len(self.workers)):
             worker = Worker(start_actor(*self.size, self._actor))
             self.workers.add(worker)
@@ -187,8 +223,7 @@ class Fleet:
             worker.node = await worker.actor.node.remote()
             self._failed_starts = 0
             end = time.monotonic() + LEASE_SECONDS
-            while self._queue and worker in self.workers and time.monotonic() < end:
-                build = heapq.heappop(self._queue)
+            while worker in self.workers and time.monotonic() < end and (build := self._next()):
                 worker.build, build.worker = build, worker
                 await self._one(worker.actor, build)
                 worker.build = build.worker = None
@@ -211,6 +246,8 @@ class Fleet:
             if not build.done.done():
                 build.done.set_exception(error)
         else:
+            if seconds is not None:
+                self._pace = seconds / max(1, build.epochs)
             if not build.done.done():
                 build.done.set_result(seconds)
 
@@ -231,7 +268,7 @@ class Fleet:
 
     def _failed_start(self, error: Exception) -> None:
         self._failed_starts += 1
-        if self._failed_starts < ATTEMPTS or not self._queue:
+        if self._failed_starts < ATTEMPTS or not self._due():
             return
         self._failed_starts = 0
         build = heapq.heappop(self._queue)

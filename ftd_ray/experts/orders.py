@@ -1,6 +1,7 @@
 """What drivers and the broker tell each other: orders one way, the fleet's status the other."""
 
 from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import Any
 
 from ftd.errors import UserError
@@ -8,6 +9,18 @@ from ftd.errors import UserError
 
 class GpuFull(UserError):
     """The GPU's memory, or the share of it that an expert may take, does not suffice."""
+
+
+class Urgency(IntEnum):
+    """The smallest is built first."""
+
+    TRIAL = 0
+    """A trial waits for it."""
+    FILL = 1
+    """Somebody fills a store ahead of his trials."""
+    AHEAD = 2
+    """Trials will ask for it: an actor that has nothing else to do may see to it, where that takes
+    less than making way now and coming back later. No actor is started for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +38,7 @@ class ExpertOrder:
     cpus: float
     gpus: float | None
     """None for a share of a GPU that is measured."""
-    urgent: bool = True
-    """Whether a trial waits for it; what is only built ahead comes after all that is urgent."""
+    urgency: Urgency = Urgency.TRIAL
 
 
 @dataclass(kw_only=True)
