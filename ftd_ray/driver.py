@@ -37,6 +37,7 @@ from ftd_ray.trial import (
     Report,
     TrialSpec,
     forget_checkpoint,
+    forget_checkpoints,
 )
 from ftd_ray.worked import Worked
 from ftd_ray.workers import TrialOrder, start_pool
@@ -165,6 +166,8 @@ class Sweep:
         self._account = ExpertAccount(self.study, config.resources.expert_gpus or 0.0)
         ended = self.study.ended()
         if ended:
+            with contextlib.suppress(UserError, OSError, pa.ArrowException):  # only housekeeping
+                forget_checkpoints(join(config.output_dir, "trials"), {t.number for t in ended})
             self._say(f"resumed    {len(ended)} of {config.search.trials} trials are done")
         self._progress.already_ended(ended)
         self.tracker.start(

@@ -241,6 +241,14 @@ def write_bytes(uri: str, data: bytes) -> None:
     put(filesystem, path, data)
 
 
+def files_below(uri: str) -> list[str]:
+    """Paths of all files below a folder, relative to it; none where there is no folder."""
+    filesystem, path = open_uri(uri)
+    selector = pafs.FileSelector(path, recursive=True, allow_not_found=True)
+    found = (i.path for i in filesystem.get_file_info(selector) if i.type == pafs.FileType.File)
+    return sorted(p.removeprefix(path).lstrip("/") for p in found)
+
+
 def remove_tree(uri: str) -> None:
     """Removes a folder, if it is there."""
     filesystem, path = open_uri(uri)

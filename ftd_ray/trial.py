@@ -6,7 +6,7 @@ Nothing here knows Ray: ``ftd_ray.workers`` runs these functions in actors.
 import io
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from math import nan
 from statistics import fmean
@@ -40,7 +40,7 @@ from ftd.gradients import Gradients
 from ftd.seeds import derive_seed
 from ftd.synthetic import SyntheticSet
 from ftd.trajectory import ExpertSet
-from ftd_ray.storage import join, read_bytes, remove_tree, write_bytes
+from ftd_ray.storage import files_below, join, read_bytes, remove_tree, write_bytes
 from ftd_ray.store import TrajectoryStore
 
 PREVIEW_PER_CLASS = 10
@@ -235,6 +235,14 @@ def _distilled(
 def forget_checkpoint(folder: str) -> None:
     """Removes the checkpoint below a trial's folder, once its end is on record."""
     remove_tree(join(folder, "checkpoint"))
+
+
+def forget_checkpoints(folder: str, ended: Container[int]) -> None:
+    """Removes what the ``ended`` of the trials below a folder left, when nobody else has."""
+    for path in files_below(folder):
+        number, _, name = path.partition("/")
+        if name == "checkpoint/state.npz" and number.isdigit() and int(number) in ended:
+            forget_checkpoint(join(folder, number))
 
 
 class FirstExperts:

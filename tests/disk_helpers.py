@@ -35,6 +35,15 @@ def mounted(options: str, folder: Path) -> Iterator[Path | None]:
         process.wait(timeout=20)
 
 
+def choke(disk: Path) -> Path:
+    """Leaves no room on a disk that others write to; the file that it returns takes it."""
+    ballast = disk / "ballast"
+    with open(ballast, "wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(b"x" * PAGE)
+    return ballast
+
+
 def fill(disk: Path, room: int) -> Path:
     """Leaves ``room`` pages on the disk; the file that it returns takes the others."""
     ballast = disk / "ballast"

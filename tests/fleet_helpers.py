@@ -86,9 +86,13 @@ def build(request: ExpertRequest, index: int, stop_after: int | None = None) -> 
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    """What a store holds, but for the records of who used it."""
+    """What a store holds, but for records of who used it, and files of who was killed writing."""
     found = ((str(p.relative_to(folder)), p) for p in folder.rglob("*") if p.is_file())
-    return {name: path.read_bytes() for name, path in found if "/users/" not in name}
+    return {
+        name: path.read_bytes()
+        for name, path in found
+        if "/users/" not in name and not name.endswith(".part")
+    }
 
 
 # --- with Ray -------------------------------------------------------------------------------

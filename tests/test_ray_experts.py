@@ -14,6 +14,7 @@ from fleet_helpers import (
     assert_all_there,
     build,
     expert_processes,
+    files_of,
     order_for,
     request_for,
     running_epochs,
@@ -195,7 +196,7 @@ def test_askers_of_short_and_long_trajectories_at_once_train_no_epoch_twice(brok
 def test_killed_expert_actor_is_replaced_and_the_bits_are_those_of_an_undisturbed_build(
     broker_for, tmp_path
 ):
-    long = {"epochs": 16, "batch_size": 32}
+    long = {"epochs": 16, "batch_size": 8}
     order, handle = order_for(tmp_path / "killed", **long), broker_for(tmp_path / "killed")
     answer = handle.ensure.remote(order)
 
@@ -210,7 +211,7 @@ def test_killed_expert_actor_is_replaced_and_the_bits_are_those_of_an_undisturbe
     assert_all_there(handle, order)
     for i in range(2):
         build(request_for(tmp_path / "undisturbed", **long), i)
-    assert files_below(tmp_path / "killed") == files_below(tmp_path / "undisturbed")
+    assert files_of(tmp_path / "killed") == files_of(tmp_path / "undisturbed")
 
 
 def test_expert_that_diverges_is_an_error_for_every_asker_and_others_go_on(broker_for, tmp_path):

@@ -19,6 +19,7 @@ import psutil
 import pytest
 import ray
 from fleet_helpers import (
+    BOUND,
     WatchedBroker,
     ask,
     assert_all_there,
@@ -63,7 +64,7 @@ from ftd_ray.store import TrajectoryStore
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers have no tests
 
-LONG = {"epochs": 8, "batch_size": 32}
+LONG = {"epochs": 8, "batch_size": 8}
 """Experts that take a second or so."""
 
 QUICK_TO_NOTICE = {
@@ -97,8 +98,8 @@ def nodes(head) -> Iterator[Callable[..., Any]]:
     added = []
 
     def add(**resources: float) -> Any:
-        added.append(head.add_node(**({"num_cpus": 1} | resources)))
-        head.wait_for_nodes()
+        added.append(head.add_node(wait=False, **({"num_cpus": 1} | resources)))
+        head.wait_for_nodes(BOUND)
         return added[-1]
 
     yield add
@@ -190,7 +191,7 @@ def test_actor_without_a_place_is_demand_that_ends_with_the_queue(
 @pytest.mark.heavy
 def test_node_killed_in_mid_epoch_costs_no_bit(head, nodes, broker_for, tmp_path):
     nodes(), nodes()
-    long = {"count": 3, "epochs": 3 * PART_EPOCHS, "batch_size": 32}
+    long = {"count": 3, "epochs": 3 * PART_EPOCHS, "batch_size": 8}
     handle, order = broker_for(tmp_path / "a"), order_for(tmp_path / "a", **long)
     answer = handle.ensure.remote(order)
     wait_until(
@@ -210,7 +211,7 @@ def test_broker_killed_in_mid_epoch_costs_no_bit_and_its_actors_go_with_it(
     head, nodes, broker_for, tmp_path
 ):
     nodes(num_cpus=2)
-    long = {"epochs": 5 * PART_EPOCHS, "batch_size": 32}
+    long = {"epochs": 5 * PART_EPOCHS, "batch_size": 8}
     handle, order = broker_for(tmp_path / "a"), order_for(tmp_path / "a", **long)
     answer = handle.ensure.remote(order)
     wait_until(
@@ -370,7 +371,7 @@ def test_what_only_a_withdrawn_asker_wants_ends_and_what_another_wants_goes_on(
 ):
     nodes(num_cpus=2)
     handle = broker_for(tmp_path / "a")
-    long = {"epochs": 40, "batch_size": 32}
+    long = {"epochs": 40, "batch_size": 8}
     ours = order_for(tmp_path / "a", asker="we", count=4, **long)
     theirs = order_for(tmp_path / "a", asker="they", count=1, **long)
     answers = [handle.ensure.remote(o) for o in (ours, theirs)]
@@ -430,11 +431,13 @@ def test_order_of_a_silent_asker_rests_until_it_is_heard_again(head, broker_for,
     handle, order = broker_for(tmp_path, ImpatientBroker), order_for(tmp_path)
     answer = handle.ensure.remote(order)  # there is no node for it
     wait_until("the build in the queue", lambda: len(ask(handle.waiting.remote())) == 2)
-    wait_until("an empty queue", lambda: ask(handle.waiting.remote()) == [], seconds=20)
+    wait_until("an empty queue", lambda: ask(handle.waiting.remote()) == [], seconds=60)
     wait_until("no demand", lambda: demand(head) == [], every=0.3)
     assert not ray.wait([answer], timeout=0)[0]
-    fleet_status(handle)
-    wait_until("the build in the queue", lambda: len(ask(handle.waiting.remote())) == 2)
+    wait_until(
+        "the build in the queue",
+        lambda: fleet_status(handle) and len(ask(handle.waiting.remote())) == 2,
+    )
     ask(handle.withdraw.remote(order.asker))
     with pytest.raises(UserError, match="not wanted any more"):
         ask(answer)
@@ -481,7 +484,9 @@ class StandIn:
         time.sleep(0.3)
         gpus = f"{self.node()} {ray.get_gpu_ids()}"
         text = repr((gpus, share, began, time.time()))
-        Path(todo["folder"], f"built-{index}").write_text(text)
+        written = Path(todo["folder"], f"written-{index}")
+        written.write_text(text)
+        written.rename(written.with_name(f"built-{index}"))
         return 1.0
 
     def first(self, todo: dict[str, Any], name: str) -> bool:
@@ -543,8 +548,8 @@ def test_no_gpu_is_given_more_experts_than_its_memory_holds(head, nodes, broker_
     builds = built(tmp_path)
     assert {share for _, share, _, _ in builds} == {1 / 3}
     gpus = {gpu for gpu, *_ in builds}
-    assert len(gpus) == 2
-    assert {most_at_once(builds, gpu) for gpu in gpus} <= {2, 3}
+    assert 1 <= len(gpus) <= 2
+    assert max(most_at_once(builds, gpu) for gpu in gpus) in {2, 3}
 
 
 def test_experts_that_do_not_fit_their_share_get_one_neighbour_less(
@@ -696,7 +701,7 @@ SWEEP = tiny(
     experts__rho=0.01,
     experts__count=3,
     experts__epochs=4 * PART_EPOCHS,
-    experts__batch_size=32,
+    experts__batch_size=8,
     distill__iterations=12,
     evaluate__every=6,
     search__trials=1,
@@ -718,8 +723,8 @@ def best_of(folder: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def pair(head, tmp_path_factory) -> list[Path]:
     """Two sweeps that began at the same moment on one cluster and asked for the same experts."""
-    node = head.add_node(num_cpus=2)
-    head.wait_for_nodes()
+    node = head.add_node(wait=False, num_cpus=2)
+    head.wait_for_nodes(BOUND)
     folder = tmp_path_factory.mktemp("pair")
     folders = [sweep_file(folder / n, store={"uri": str(folder / "store")}) for n in "ab"]
     args = ("sweep.yaml", "--address", head.address)
@@ -882,7 +887,7 @@ def test_filling_says_its_plan_and_its_progress_and_builds_every_expert(filled):
     assert (ran.code, ran.err) == (0, "")
     assert "2 distinct sets, 4 experts: 0 in the store, 4 to build" in ran.out
     assert "experts    4/4" in ran.out
-    assert re.search(r"done in \d+ s: 4 experts built, 0 were there", ran.out)
+    assert re.search(r"done in \d+ (s|min): 4 experts built, 0 were there", ran.out)
     store = TrajectoryStore(str(folder / "store"))
     keys = [p.name for p in (folder / "store").iterdir()]
     assert [store.at(key).complete(3) for key in keys] == [[0, 1], [0, 1]]
@@ -962,7 +967,7 @@ def test_set_that_diverges_is_told_with_exit_1_and_the_others_are_complete(tmp_p
 
 @pytest.mark.heavy
 def test_filling_that_is_interrupted_again_and_again_goes_on_each_time(tmp_path):
-    four = {"epochs": 4 * PART_EPOCHS, "batch_size": 32, "count": 4}
+    four = {"epochs": 4 * PART_EPOCHS, "batch_size": 8, "count": 4}
     write_sweep(tmp_path, tiny(**{f"experts__{k}": v for k, v in four.items()}, experts__rho=0.01))
     output = tmp_path / "stdout.txt"
     for signum, after in (

@@ -1,7 +1,7 @@
 """A store that fails in the middle of a sweep ends the sweep, not its trials."""
 
 import pytest
-from disk_helpers import fill
+from disk_helpers import choke
 from ray_helpers import (
     finished,
     mlflow_runs,
@@ -17,7 +17,7 @@ LONG = tiny(
     experts__rho=0.01,
     experts__count=2,
     experts__epochs=20,
-    experts__batch_size=32,
+    experts__batch_size=8,
     search__trials=2,
 )
 
@@ -28,7 +28,7 @@ def test_full_disk_under_the_store_halts_the_sweep_and_resume_goes_on(tmp_path, 
     store = f"store.uri={small_disk}/store"
     with running_sweep(tmp_path, "sweep.yaml", store) as process:
         wait_until("a first part", lambda: list((small_disk / "store").rglob("part-*")))
-        ballast = fill(small_disk, 0)
+        ballast = choke(small_disk)
         code = process.wait(timeout=120)
     ran = finished(tmp_path, code)
     assert ran.code == 2, ran.out

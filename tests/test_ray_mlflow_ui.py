@@ -133,6 +133,20 @@ def has(browser: Any, selector: str) -> None:
     )
 
 
+def click(browser: Any, xpath: str) -> None:
+    """Clicks on what an XPath finds, again if the page was just drawn anew."""
+    from selenium.common.exceptions import WebDriverException
+    from selenium.webdriver.common.by import By
+
+    def clicked() -> bool:
+        with contextlib.suppress(WebDriverException):
+            browser.find_element(By.XPATH, xpath).click()
+            return True
+        return False
+
+    wait_until(f"{xpath} to click on", clicked, seconds=90, every=0.5)
+
+
 def experiment_of(folder: Path) -> str:
     return mlflow_runs(folder)[0].info.experiment_id
 
@@ -157,11 +171,10 @@ def test_runs_table_shows_every_trial_with_varied_parameters_and_val_accuracy(
     browser.get("about:blank")
     browser.get(f"{server}/#/experiments/{experiment_of(sweep)}/runs?{trials}&{by_score}")
     shows(browser, *(f"trial {i:03d}" for i in range(5)), "Columns")
-    browser.find_element(By.XPATH, "//button[contains(., 'Columns')]").click()
+    click(browser, "//button[contains(., 'Columns')]")
     shows(browser, "Parameters (3)", "val_accuracy")
     for column in ("val_accuracy", "rho", "lr_lr", "lr_init"):
-        title = f"//*[contains(@class, 'tree-title')][normalize-space(.)='{column}']"
-        browser.find_element(By.XPATH, title).click()
+        click(browser, f"//*[contains(@class, 'tree-title')][normalize-space(.)='{column}']")
     browser.find_element(By.TAG_NAME, "body").send_keys(Keys.ESCAPE)
     runs = [r for r in mlflow_runs(sweep) if r.data.tags.get("ftd.kind") == "trial"]
     scores = {str(r.data.metrics["val_accuracy"]) for r in runs if r.data.metrics}

@@ -1,5 +1,6 @@
 """A node that has not got the data set gets it from the one that has, once, and bit for bit."""
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -336,7 +337,8 @@ def test_node_that_has_the_data_and_leaves_is_said(cluster, far, images, caches)
     shipment = ray.get(on(node.node_id, ray.remote(ship)).remote(images), timeout=BOUND)
     (process,) = servers()
     cluster.remove_node(node, allow_graceful=False)
-    process.kill()  # it would see by itself that its node is gone, in a while
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process.kill()  # it would see by itself that its node is gone, in a while
     process.wait(timeout=20)
     before = {p.name for p in (caches["far"] / "pixels").glob("*")}
     with pytest.raises(UserError, match="the data set did not arrive on this node"):

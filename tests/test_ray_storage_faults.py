@@ -68,7 +68,7 @@ def sound_place(place, server) -> str:
 def hasty(monkeypatch) -> None:
     """Few attempts, where a failure for ever would take a minute."""
     monkeypatch.setattr(storage, "S3_RETRIES", 3)
-    monkeypatch.setattr(storage, "S3_SILENCE", 1.0)
+    monkeypatch.setattr(storage, "S3_SILENCE", 3.0)
 
 
 @pytest.fixture
@@ -292,7 +292,7 @@ def test_failure_for_good_is_one_error_and_leaves_what_was_published(
     with pytest.raises(OSError, match="AWS Error") as error:
         experts.append(0, after[1:])
     assert injected.hits > 1, "it tried again"
-    assert time.monotonic() - begin < 20
+    assert time.monotonic() - begin < 60
     assert_one_clear_line(error.value, place)
     assert_holds(sound_place, identity, before)
     proxy.heal()
@@ -342,7 +342,7 @@ def test_server_that_never_answers_is_reported_within_about_three_minutes(proxy,
     begin = time.monotonic()
     with pytest.raises(OSError, match="AWS Error") as error:
         experts.append(0, snapshots(0, 2))
-    assert time.monotonic() - begin < 200
+    assert time.monotonic() - begin < 300
     assert "Timeout was reached" in str(place_error(place, "store.uri", error.value))
 
 

@@ -21,7 +21,15 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from PIL import Image
-from ray_helpers import run_sweep, running_sweep, summary_of, tiny, wait_until, write_sweep
+from ray_helpers import (
+    SWEEP_TIMEOUT,
+    run_sweep,
+    running_sweep,
+    summary_of,
+    tiny,
+    wait_until,
+    write_sweep,
+)
 
 from ftd.distill import StepRecord
 from ftd.errors import UserError
@@ -633,8 +641,8 @@ def test_server_that_is_killed_and_started_again_gets_everything_once(server, op
 
 @pytest.mark.heavy
 def test_server_that_hangs_is_an_outage_and_gets_everything_once(server, opened, monkeypatch):
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     tracker = opened(server.uri)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     server.signal(signal.SIGSTOP)
     try:
         study = [whole_trial(tracker, n, 5, 10) for n in range(3)]
@@ -642,6 +650,7 @@ def test_server_that_hangs_is_an_outage_and_gets_everything_once(server, opened,
         assert "MLflow does not answer" in said
     finally:
         server.signal(signal.SIGCONT)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     assert tracker.drain(60) == 0
     tracker.finish("FINISHED")
     again = opened(server.uri, tracker.parent_id)  # a create_run may have been served too late
@@ -680,7 +689,11 @@ def test_server_that_goes_away_costs_a_sweep_nothing_and_is_told_later(server, t
     write_sweep(tmp_path, tiny(experts__rho=0.01, search__trials=4, tracking={"uri": server.uri}))
     with running_sweep(tmp_path, "sweep.yaml") as process:
         output = tmp_path / "stdout.txt"
-        wait_until("the second trial", lambda: "trial   1  step" in output.read_text())
+        wait_until(
+            "the second trial",
+            lambda: "trial   1  step" in output.read_text(),
+            seconds=SWEEP_TIMEOUT,
+        )
         server.kill()
         code = process.wait(timeout=240)
     try:

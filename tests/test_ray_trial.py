@@ -29,6 +29,7 @@ from ftd_ray.trial import (
     WholeDataSpec,
     final_scores,
     forget_checkpoint,
+    forget_checkpoints,
     run_trial,
     whole_data_scores,
 )
@@ -172,6 +173,20 @@ def test_forgotten_checkpoint_leaves_the_result(spec_for):
     forget_checkpoint(spec.folder)
     forget_checkpoint(spec.folder)
     assert [p.name for p in Path(spec.folder).iterdir()] == ["synthetic.npz"]
+
+
+def test_checkpoints_that_trials_left_at_their_end_are_forgotten_and_no_others(tmp_path):
+    kept = [
+        *(tmp_path / f"{n:04d}" / "checkpoint" / "state.npz" for n in (0, 1, 12)),
+        tmp_path / "0001" / "synthetic.npz",
+        tmp_path / "notes" / "checkpoint" / "state.npz",
+    ]
+    for path in kept:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    forget_checkpoints(str(tmp_path), {1, 2, 12})
+    assert [p.exists() for p in kept] == [True, False, False, True, True]
+    forget_checkpoints(str(tmp_path / "nothing"), {0})
 
 
 def test_huge_learning_rate_of_eta_ends_the_trial_with_that_reason(spec_for):
