@@ -25,7 +25,7 @@ from ftd_ray.config import SweepConfig, load_config
 from ftd_ray.experts.orders import ExpertOrder
 from ftd_ray.pictures import short_names
 from ftd_ray.search import STUDY_FILE, Ended, Suggestion, SweepStudy
-from ftd_ray.tracking import Tracker
+from ftd_ray.tracking.tracker import Tracker
 from ftd_ray.trial import Report
 from ftd_ray.workers import TrialOrder, start_pool
 

@@ -63,7 +63,8 @@ def reachable(config: "SweepConfig") -> Iterator[None]:
 
 def open_tracker(config: "SweepConfig", *, dry_run: bool) -> Any:
     """The tracker, once its server has answered; a dry run makes no database."""
-    from ftd_ray.tracking import Tracker, create_database
+    from ftd_ray.tracking.database import create_database
+    from ftd_ray.tracking.tracker import Tracker
 
     artifacts = None
     prefix = "sqlite:///"

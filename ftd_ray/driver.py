@@ -5,6 +5,7 @@ import json
 import pickle
 import signal
 import time
+import uuid
 from collections.abc import Iterable
 from typing import Any
 
@@ -32,7 +33,7 @@ from ftd_ray.signals import Interrupted, Signals
 from ftd_ray.storage import PlaceError, join, read_bytes, write_bytes
 from ftd_ray.store import TrajectoryStore
 from ftd_ray.store.usage import Usage
-from ftd_ray.tracking import Tracker
+from ftd_ray.tracking.tracker import Tracker
 from ftd_ray.trial import (
     Report,
     TrialSpec,
@@ -170,8 +171,15 @@ class Sweep:
                 forget_checkpoints(join(config.output_dir, "trials"), {t.number for t in ended})
             self._say(f"resumed    {len(ended)} of {config.search.trials} trials are done")
         self._progress.already_ended(ended)
+        if self.study.recall("mark") is None:
+            self.study.remember("mark", uuid.uuid4().hex)
+            self.study.sync(force=True)
         self.tracker.start(
-            config.name, config.resolved(), self._names, self.study.recall("mlflow_run")
+            config.name,
+            config.resolved(),
+            self._names,
+            self.study.recall("mlflow_run"),
+            mark=self.study.recall("mark"),
         )
         self.study.remember("mlflow_run", self.tracker.parent_id)
         self.study.sync(force=True)

@@ -14,7 +14,7 @@ from ftd_ray.pictures import caption, contact_sheet, short_names, study_pictures
 from ftd_ray.report import report_html
 from ftd_ray.search import Ended, SweepStudy, read_study
 from ftd_ray.storage import join, open_uri, read_bytes, write_bytes
-from ftd_ray.tracking import Tracker
+from ftd_ray.tracking.tracker import Tracker
 
 DPI = 110
 SHEET_SETS = 8

@@ -48,7 +48,9 @@ def _main(uri: str, port: int, browser: bool) -> int:
     _check_database(uri)
     _check_port(port)
     with signals() as handled, serving(uri, port) as address, contextlib.suppress(Interrupted):
-        from ftd_ray.tracking import newest_sweeps  # takes seconds, in which the server starts
+        from ftd_ray.tracking.pages import (
+            newest_sweeps,  # takes seconds, in which the server starts
+        )
 
         while not address.answers():
             handled.check()

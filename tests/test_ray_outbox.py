@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from ftd_ray import outbox
-from ftd_ray.outbox import Outbox
+from ftd_ray.tracking import outbox
+from ftd_ray.tracking.outbox import Outbox
 
 
 class Server:

@@ -8,10 +8,10 @@ from mlflow import MlflowClient
 from ray_helpers import parse_tiny
 from rich.console import Console
 
-from ftd_ray import tracking
 from ftd_ray.experts.orders import FleetStatus, NodeStatus, SetStatus
 from ftd_ray.progress import ExpertLine, Progress, duration, folded, per_second
-from ftd_ray.tracking import Tracker
+from ftd_ray.tracking import tracker as tracking
+from ftd_ray.tracking.tracker import Tracker
 
 
 def set_status(needed: int, present: int = 0, built: int = 0, **given: Any) -> SetStatus:

@@ -33,9 +33,13 @@ from ray_helpers import (
 
 from ftd.distill import StepRecord
 from ftd.errors import UserError
-from ftd_ray import outbox, tracking, ui
+from ftd_ray import ui
 from ftd_ray.search import Ended, Suggestion
-from ftd_ray.tracking import Tracker, create_database, newest_sweeps
+from ftd_ray.tracking import database, outbox, runs
+from ftd_ray.tracking import tracker as tracking
+from ftd_ray.tracking.database import create_database
+from ftd_ray.tracking.pages import newest_sweeps
+from ftd_ray.tracking.tracker import Tracker
 from ftd_ray.trial import Report
 
 NAMES = {"distill.lr_lr": "lr_lr", "experts.rho": "rho"}
@@ -169,9 +173,9 @@ def opened(tmp_path) -> Iterator[Callable[..., Tracker]]:
     """Trackers of a sweep; each is a session of its own."""
     made: list[Tracker] = []
 
-    def opened(uri: str, parent: str | None = None) -> Tracker:
+    def opened(uri: str, parent: str | None = None, mark: str = "") -> Tracker:
         tracker = Tracker(uri, "tiny", str(tmp_path / "art") if uri.startswith("sqlite") else None)
-        tracker.start("tiny", {"experts": {"network": "ConvNetD1W8"}}, NAMES, parent)
+        tracker.start("tiny", {"experts": {"network": "ConvNetD1W8"}}, NAMES, parent, mark=mark)
         made.append(tracker)
         return tracker
 
@@ -191,8 +195,8 @@ class Faulty:
     """A client whose methods fail on demand, before or after what they do."""
 
     def __init__(self, tracker: Tracker) -> None:
-        self._client = tracker._client
-        tracker._client = self
+        self._client = tracker._runs._client
+        tracker._runs._client = self
         self.error: Exception | None = None
         self.after: set[str] = set()
         """Methods of which the answer is lost once."""
@@ -219,6 +223,17 @@ def tracking_code(name: str) -> int:
 
 
 LOCKED = MlflowException("database is locked", error_code=tracking_code("TEMPORARILY_UNAVAILABLE"))
+
+
+# --- the parent -----------------------------------------------------------------------------
+
+
+def test_driver_killed_before_it_could_note_its_run_finds_it_by_its_mark(uri, opened):
+    killed, other = opened(uri, mark="ours"), opened(uri, mark="theirs")
+    end(killed)
+    resumed = opened(uri, mark="ours")
+    assert resumed.parent_id == killed.parent_id != other.parent_id
+    assert opened(uri).parent_id not in (killed.parent_id, other.parent_id)
 
 
 # --- an outage ------------------------------------------------------------------------------
@@ -332,8 +347,8 @@ def test_end_of_a_sweep_does_not_wait_for_a_server_that_is_gone(uri, opened, mon
     tracker.trial_reported(0, report(5))
     tracker.trial_ended(ended(0, 5))
     tracker.finish("FINISHED")
-    assert tracker.unsent == 4  # the report, the end, what else runs, and the parent's end
-    assert "4 entries were not sent" in tracker.new_notes()[-1]
+    assert tracker.unsent == 3  # the report, the end, and the end of all that runs
+    assert "3 entries were not sent" in tracker.new_notes()[-1]
 
 
 @pytest.mark.parametrize(
@@ -547,7 +562,7 @@ def test_thousand_trials_that_agree_cost_one_search(uri, opened, tmp_path):
 
 
 def test_children_are_found_over_several_pages(uri, opened, monkeypatch):
-    monkeypatch.setattr(tracking, "PAGE", 2)
+    monkeypatch.setattr(runs, "PAGE", 2)
     tracker = opened(uri)
     study = [whole_trial(tracker, n, 5) for n in range(5)]
     assert tracker.drain(60) == 0
@@ -745,7 +760,7 @@ def test_newest_sweeps_come_first_with_their_best_accuracy_and_their_page(uri, o
 KILLED_WHILE_MAKING = """
 import os, sys
 from mlflow import MlflowClient
-from ftd_ray.tracking import create_database
+from ftd_ray.tracking.database import create_database
 MlflowClient.search_experiments = lambda *_, **__: os._exit(9)  # its tables are half there
 create_database(sys.argv[1])
 """
@@ -755,7 +770,7 @@ def test_driver_killed_while_mlflow_makes_its_database_leaves_none(tmp_path):
     path = tmp_path / "mlflow.db"
     killed = subprocess.run([sys.executable, "-c", KILLED_WHILE_MAKING, str(path)])
     assert killed.returncode == 9
-    assert [p.name[: len(tracking.MAKING)] for p in tmp_path.iterdir()] == [tracking.MAKING]
+    assert [p.name[: len(database.MAKING)] for p in tmp_path.iterdir()] == [database.MAKING]
     create_database(str(path))
     assert list(tmp_path.iterdir()) == [path]
     before = path.read_bytes()

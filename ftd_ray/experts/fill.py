@@ -20,7 +20,7 @@ from ftd_ray.signals import Interrupted, Signals
 from ftd_ray.storage import PlaceError, place_error
 from ftd_ray.store import TrajectoryStore
 from ftd_ray.store.usage import Usage
-from ftd_ray.tracking import Tracker
+from ftd_ray.tracking.tracker import Tracker
 
 
 class Fill:
