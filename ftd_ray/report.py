@@ -272,7 +272,7 @@ def _columns(
         *(Column(names[d.key], numeric=d.ordered) for d in space),
         Column("seconds"),
         *(Column(words(o)) for o in objectives),
-        Column("reason", numeric=False, wide=True),
+        Column("note", numeric=False, wide=True),
     ]
 
 
@@ -292,7 +292,8 @@ def _rows(
         for o in objectives:
             v = t.values.get(o)
             cells.append(Cell(ABSENT) if v is None else Cell(_reached(o, v), round(v, 6)))
-        cells.append(Cell(_clipped(t.reason or "")))
+        origin = f"from {t.start_from}" if t.start_from else ""
+        cells.append(Cell(_clipped("; ".join(filter(None, (origin, t.reason))))))
         chosen = best is not None and t.number == best["trial"]
         rows.append(Row(t.number, t.state, chosen, t.number in on_front, tuple(cells)))
     return rows

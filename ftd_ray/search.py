@@ -76,6 +76,8 @@ class Ended:
     """Objective -> value, of a complete trial: accuracy, gpu_seconds, cpu_seconds, ipc."""
     seconds: float = 0.0
     """That its worker worked."""
+    start_from: str | None = None
+    """The label of the point in ``search.start_from`` that it was."""
 
 
 class SweepStudy:
@@ -465,6 +467,7 @@ def _ended(trial: FrozenTrial, offset: int, objectives: Sequence[str]) -> Ended:
         repeat=trial.user_attrs.get("repeat", 0),
         values=dict(zip(objectives, trial.values, strict=True)) if complete else {},
         seconds=trial.user_attrs.get("seconds", 0.0),
+        start_from=trial.user_attrs.get("start_from"),
     )
 
 

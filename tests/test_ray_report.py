@@ -145,7 +145,7 @@ class Reader(HTMLParser):
 def test_table_has_every_trial_once_with_its_values():
     head, *rows = Reader(page()).rows
     assert head == [
-        "trial", "state", "val accuracy (%)", "rho", "syn_steps", "labels", "seconds", "reason",
+        "trial", "state", "val accuracy (%)", "rho", "syn_steps", "labels", "seconds", "note",
     ]  # fmt: skip
     assert rows == [
         ["0", "● complete", "9.9", "0.01", "20", "hard", "1000", ""],
@@ -155,13 +155,18 @@ def test_table_has_every_trial_once_with_its_values():
     ]
 
 
+def test_point_that_the_search_began_with_is_named():
+    known = Ended(0, "failed", {}, None, REASON, {}, start_from="ftd-cifar10-ipc10")
+    assert Reader(page({}, [known])).rows[1][-1] == f"from ftd-cifar10-ipc10; {REASON}"
+
+
 def test_other_objectives_have_columns_and_trials_on_the_front_a_mark():
     values = {"accuracy": 0.93, "gpu_seconds": 71.2, "ipc": 10.0}
     ended = [Ended(2, "complete", ENDED[2].params, 0.93, None, {1: 0.93}, values=values), ENDED[1]]
     front = [{"trial": 2, "params": ENDED[2].params, "values": values}]
     made = page({"objectives": ["accuracy", "gpu_seconds", "ipc"], "front": front}, ended)
     head, *rows = Reader(made).rows
-    assert head[-3:] == ["GPU seconds", "images per class", "reason"]
+    assert head[-3:] == ["GPU seconds", "images per class", "note"]
     assert [r[0] for r in rows] == ["1", "★ best front 2"]
     assert [r[-3:-1] for r in rows] == [["–", "–"], ["71.2", "10"]]
     assert "Pareto front" in Reader(made).text

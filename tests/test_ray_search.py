@@ -678,7 +678,9 @@ START = (
 def test_first_trials_are_the_points_to_begin_with(open_study, sampler):
     settings = {"trials": 6, "sampler": sampler, **FITTING[sampler]}
     done = carry_out_all(open_study(**settings, study={"start": START}))
-    assert [s.start_from for s in done] == [*(p.label for p in START), None, None, None]
+    labels = [*(p.label for p in START), None, None, None]
+    assert [s.start_from for s in done] == labels
+    assert [e.start_from for e in open_study(**settings).ended()] == labels
     for suggestion, point in zip(done, START, strict=False):
         assert suggestion.params.items() >= point.params.items()
         assert list(suggestion.params) == [d.key for d in CONTINUOUS]

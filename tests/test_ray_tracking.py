@@ -477,9 +477,11 @@ def test_run_that_was_created_and_no_more_is_made_whole(uri, opened):
     look.client.set_tag(look.trial(1).info.run_id, "ftd.state", "complete")
     end(tracker)
     again = opened(uri, tracker.parent_id)
-    again.reconcile([ended(0, 5), ended(1)], lambda e: SETS)
+    study = [ended(0, 5, start_from="ftd-cifar10-ipc10"), ended(1)]
+    again.reconcile(study, lambda e: SETS)
     assert again.drain(60) == 0
-    look.agrees_with([ended(0, 5), ended(1)])
+    look.agrees_with(study)
+    assert look.trial(0).data.tags["ftd.start_from"] == "ftd-cifar10-ipc10"
 
 
 def test_new_parent_gets_all_trials_of_the_study(uri, opened):

@@ -143,7 +143,8 @@ class Tracker:
         for e in ended:
             run = self._found.pop(e.number, None)
             if run is None or not self._params(e.params).items() <= run.data.params.items():
-                self.trial_started(Suggestion(e.number, e.params, e.repeat), *sets(e))
+                again = Suggestion(e.number, e.params, e.repeat, e.start_from)
+                self.trial_started(again, *sets(e))
                 self.trial_ended(e)
             elif not _agrees(run, e):
                 self.trial_ended(e)
