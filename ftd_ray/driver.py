@@ -47,7 +47,7 @@ REMEMBER_SECONDS = 60
 """How much of its time a killed driver forgets at most."""
 
 TRIALS_OF_A_SET = 3
-"""With so many for each expert set, all sets will be asked for sooner or later."""
+"""With so many for each expert set, all sets are likely to be asked for."""
 
 STOPPED_BY = {"hours": "wall time", "gpu_hours": "GPU hours"}
 """Budgets, as a summary calls what ended a search before its last trial."""
@@ -195,7 +195,8 @@ class Sweep:
         if self._stopped_by:
             return
         self._open_pool()
-        if left >= TRIALS_OF_A_SET * len(self.plan.sets):
+        sizes = {"experts.count", "experts.epochs"} & {d.key for d in config.space}
+        if left >= TRIALS_OF_A_SET * len(self.plan.sets) and not sizes:  # else which, is open
             self._experts.expect(s.experts for s in self.plan.sets)
         run_search(
             self.study,

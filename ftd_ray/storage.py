@@ -20,6 +20,7 @@ from ftd.trajectory import put
 
 __all__ = [
     "PlaceError",
+    "files_below",
     "is_local",
     "join",
     "open_uri",

@@ -2,8 +2,8 @@
 
 The trainable waits for experts holding no CPU or GPU; then it takes a worker from the sweep's
 pool, outside its own placement group and in the resources of a trial, and hands Tune one report at
-a time. The driver gives the worker back when the trial has ended, and the next trial takes it as
-it is, warm; one that nobody takes ends within seconds. A worker that dies is started again and
+a time. When the trial has ended the worker is given back, and the next trial takes it as it
+is, warm; one that nobody takes ends within seconds. A worker that dies is started again and
 goes on from the trial's checkpoint.
 
 A trainable only passes things on, so they travel pickled and this module imports no torch: a
@@ -181,7 +181,7 @@ class SweepTrial(tune.Trainable):
             if isinstance(cause, PlaceError | OSError):  # a full disk says nothing about a trial
                 time.sleep(HALT_SECONDS)
                 return {"halt": reason}
-            if expected:  # the next trial may have the worker
+            if isinstance(cause, Diverged):  # a trial's own end; the next one may have the worker
                 self._order.pool.give_back.remote(self._order.number, clean=True)
             return self._fail(reason)
         except UserError as error:

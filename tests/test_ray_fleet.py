@@ -319,8 +319,23 @@ def test_what_is_expected_and_takes_long_is_built_when_it_is_asked_for(
     assert ask(handle.ensure.remote(asked)) == [0]
     known = status(handle, asked)
     assert (known.needed, known.epochs, known.present, set(known.built)) == (1, 3, {0}, {0})
+    assert known.ours == set()
     ask(handle.withdraw.remote(asked.asker))
     assert ask(handle.waiting.remote()) == []
+
+
+def test_who_asks_pays_for_what_another_only_expects(head, nodes, broker_for, tmp_path):
+    nodes()
+    handle, first = broker_for(tmp_path, BusyBroker), order_for(tmp_path, count=1)
+    later = expected(tmp_path, rho=0.02, count=1)
+    ask(handle.expect.remote([later]))
+    assert ask(handle.ensure.remote(first)) == [0]
+    assert ask(handle.waiting.remote()) == [(later.key, 0)]
+    theirs = order_for(tmp_path, asker="they", rho=0.02, count=1)
+    assert ask(handle.ensure.remote(theirs)) == [0]
+    assert set(status(handle, theirs).built) == {0}
+    assert fleet_status(handle).sets.keys() == {first.key, later.key}
+    assert status(handle, later).built == {}
 
 
 def test_what_is_expected_and_diverges_fails_whoever_asks_for_it_only(

@@ -270,9 +270,10 @@ def test_words_of_the_fleet_are_written_every_few_seconds_and_at_once_when_a_set
 ):
     monkeypatch.setattr(tracking, "FLEET_SECONDS", 1000)
     look, run_id = Look(tracker), Look(tracker).run_of("bbbb").info.run_id
+    ahead = set_status(2, 2, 2)  # no trial has asked for it, so it has no run yet
     for epoch in (1, 2, 3):
         b = set_status(2, curves={0: {epoch: 0.5}})
-        tracker.fleet(FleetStatus(sets={"aaaa": set_status(2), "bbbb": b}))
+        tracker.fleet(FleetStatus(sets={"aaaa": set_status(2), "bbbb": b, "cccc": ahead}))
     assert look.history(run_id, "experts_done") == [(1, 0)]
     tracker.fleet(FleetStatus(sets={"aaaa": set_status(2, 2, 2), "bbbb": b}))
     assert look.run_of("aaaa").info.status == "FINISHED"

@@ -236,6 +236,31 @@ def test_driver_killed_before_it_could_note_its_run_finds_it_by_its_mark(uri, op
     assert opened(uri).parent_id not in (killed.parent_id, other.parent_id)
 
 
+def test_parent_that_was_made_and_no_more_gets_what_it_lacks(uri, opened):
+    known = opened(uri)
+    client = MlflowClient(tracking_uri=uri)
+    bare = client.create_run(known.experiment_id, tags={"ftd.sweep": "ours"}).info.run_id
+    resumed = opened(uri, mark="ours")
+    assert resumed.parent_id == bare
+    assert client.get_run(bare).data.params == client.get_run(known.parent_id).data.params != {}
+    gone = opened(uri, "0" * 32, mark="ours")  # what was noted is of another server
+    assert gone.parent_id == bare
+
+
+def test_parent_of_which_only_the_making_was_heard_is_closed(uri, opened, monkeypatch):
+    def refuse(*_: object, **__: object) -> None:
+        raise LOCKED
+
+    tracker = Tracker(uri, "tiny")
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "log_batch", refuse)
+        with pytest.raises(UserError, match="does not answer"):
+            tracker.start("tiny", {"experts": {"network": "ConvNetD1W8"}}, NAMES, None)
+    tracker.finish("FAILED")
+    client = MlflowClient(tracking_uri=uri)
+    assert client.get_run(tracker.parent_id).info.status == "FAILED"
+
+
 # --- an outage ------------------------------------------------------------------------------
 
 
@@ -347,8 +372,8 @@ def test_end_of_a_sweep_does_not_wait_for_a_server_that_is_gone(uri, opened, mon
     tracker.trial_reported(0, report(5))
     tracker.trial_ended(ended(0, 5))
     tracker.finish("FINISHED")
-    assert tracker.unsent == 3  # the report, the end, and the end of all that runs
-    assert "3 entries were not sent" in tracker.new_notes()[-1]
+    assert tracker.unsent == 4  # the report, the end, what else runs, and the parent's end
+    assert "4 entries were not sent" in tracker.new_notes()[-1]
 
 
 @pytest.mark.parametrize(
@@ -779,6 +804,16 @@ def test_driver_killed_while_mlflow_makes_its_database_leaves_none(tmp_path):
     create_database(str(path))
     assert path.read_bytes() == before
     assert Tracker(f"sqlite:///{path}", "sweeps").experiment_id == ""
+
+
+def test_making_a_database_says_nothing(tmp_path):
+    code = "import sys; from ftd_ray.tracking.database import create_database as make; "
+    made = subprocess.run(
+        [sys.executable, "-c", f"{code} make(sys.argv[1])", str(tmp_path / "mlflow.db")],
+        capture_output=True,
+        text=True,
+    )
+    assert (made.returncode, made.stdout, made.stderr) == (0, "", "")
 
 
 def test_sweeps_that_begin_together_make_one_database(tmp_path):

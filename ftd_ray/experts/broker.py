@@ -72,7 +72,8 @@ class _Job:
 
     def want(self, turn: int, asker: str, rank: tuple[int, int, int]) -> None:
         """Another order wants it, or what comes after it, and may be in more of a hurry."""
-        self.askers[turn] = asker
+        first = rank[0] != Urgency.AHEAD == self.rank[0]  # who only expects it, pays for nobody
+        self.askers = {turn: asker} | self.askers if first else self.askers | {turn: asker}
         self.rank = min(self.rank, rank)
         if self.build is not None and self.fleet is not None:
             self.fleet.hasten(self.build, self.rank)
@@ -178,7 +179,7 @@ class Broker(Lingering):
             return
         orders, asker.ahead = asker.ahead, []
         for order in orders:
-            if order.gpus is not None or footprint(order.identity) in self._needs:
+            if order.gpus is not None or self._is_measured(order):
                 task = asyncio.create_task(self._ensure(order, asker))
                 self._placed.add(task)
                 task.add_done_callback(self._placed.discard)
@@ -251,6 +252,7 @@ class Broker(Lingering):
     async def _build(self, order: ExpertOrder, index: int, job: _Job) -> None:
         if job.before is not None:
             await asyncio.wait([job.before.task])
+            job.left = min(job.left, max(0, job.epochs - job.before.epochs))
             job.before = None
         epochs, reason = self._diverged.get((order.key, index), (order.epochs + 1, ""))
         if order.epochs >= epochs:
@@ -261,7 +263,8 @@ class Broker(Lingering):
             if not job.askers:
                 raise unwanted
             done: asyncio.Future[float | None] = asyncio.get_running_loop().create_future()
-            job.build = Build(job.rank, order.key, index, job.left, order.work, done)
+            kind = json.dumps([order.identity["data"], order.identity["experts"]["network"]])
+            job.build = Build(job.rank, order.key, index, kind, job.left, order.work, done)
             for asker in job.askers.values():
                 self._build_ahead(asker)
             try:
@@ -314,6 +317,10 @@ class Broker(Lingering):
         if task is None or (task.done() and task.exception() is not None):
             task = self._needs[name] = asyncio.create_task(self._measure(order))
         return await asyncio.shield(task)
+
+    def _is_measured(self, order: ExpertOrder) -> bool:
+        task = self._needs.get(footprint(order.identity))
+        return bool(task and task.done() and not task.cancelled() and not task.exception())
 
     async def _measure(self, order: ExpertOrder) -> list[int]:
         for attempt in range(1, ATTEMPTS + 1):

@@ -7,6 +7,7 @@ Waiting actors are demand that an autoscaler sees; with the last build they are 
 import asyncio
 import contextlib
 import heapq
+import math
 import pickle
 import time
 from collections.abc import Callable
@@ -78,6 +79,8 @@ class Build:
     """(Urgency, turn of the order, expert)."""
     key: str
     index: int
+    kind: str
+    """Builds of one kind take about as long an epoch."""
     epochs: int
     """That are left to train, at most."""
     work: bytes
@@ -131,8 +134,8 @@ class Fleet:
         self._queue: list[Build] = []
         self.workers: set[Worker] = set()
         self._failed_starts = 0
-        self._pace: float | None = None
-        """Seconds that the last build took for an epoch."""
+        self._pace: dict[str, float] = {}
+        """Seconds that the last build of a kind took for an epoch."""
         self._keeper: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
 
@@ -181,8 +184,8 @@ class Fleet:
             return None
         if not self._queue[0].due:
             stays = any(w.build is not None and not w.build.due for w in self.workers)
-            epochs = sum(build.epochs for build in self._queue)
-            if stays or self._pace is None or self._pace * epochs > AHEAD_SECONDS:
+            seconds = sum(self._pace.get(b.kind, math.inf) * b.epochs for b in self._queue)
+            if stays or seconds > AHEAD_SECONDS:
                 return None
         return heapq.heappop(self._queue)
 
@@ -247,7 +250,7 @@ class Fleet:
                 build.done.set_exception(error)
         else:
             if seconds is not None:
-                self._pace = seconds / max(1, build.epochs)
+                self._pace[build.kind] = seconds / max(1, build.epochs)
             if not build.done.done():
                 build.done.set_result(seconds)
 

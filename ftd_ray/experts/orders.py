@@ -19,8 +19,8 @@ class Urgency(IntEnum):
     FILL = 1
     """Somebody fills a store ahead of his trials."""
     AHEAD = 2
-    """Trials will ask for it: an actor that has nothing else to do may see to it, where that takes
-    less than making way now and coming back later. No actor is started for it."""
+    """Trials are likely to ask for it: an actor that has nothing else to do may see to it, where
+    that takes less than making way now and coming back later. No actor is started for it."""
 
 
 @dataclass(frozen=True, kw_only=True)

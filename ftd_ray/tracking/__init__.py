@@ -12,5 +12,7 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # the outbox trie
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 
+import mlflow  # noqa: F401  (it sets up its loggers)
+
 logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # a locked database is a traceback there
 logging.getLogger("alembic").setLevel(logging.ERROR)

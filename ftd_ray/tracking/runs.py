@@ -41,7 +41,7 @@ class Part:
 
 
 class Runs:
-    """After ``open_parent`` they belong to the outbox's thread."""
+    """After ``Tracker.start`` they belong to the outbox's thread."""
 
     def __init__(self, uri: str, experiment: str, artifacts: str | None):
         self._client = MlflowClient(tracking_uri=uri)
@@ -72,17 +72,22 @@ class Runs:
         self._kind = tags["ftd.kind"]
         if not self.experiment_id:
             self.experiment_id = self._new_experiment()
-        elif parent_id is None and (mark := tags.get("ftd.sweep")):
-            made = self._client.search_runs([self.experiment_id], f"tags.`ftd.sweep` = '{mark}'")
-            parent_id = made[0].info.run_id if made else None
-        if parent_id is not None and self._reopen(parent_id):
-            run = self._client.get_run(parent_id)
+        for run_id in (parent_id, self._marked(tags.get("ftd.sweep"))):
+            if run_id is not None and self._reopen(run_id):
+                run = self._client.get_run(run_id)
+                break
         else:
             run = self._client.create_run(self.experiment_id, run_name=name, tags=tags)
-            fixed = [Param(*p) for p in params.items()]
-            self._client.log_batch(run.info.run_id, params=fixed)
         self.parent_id = self.known[None] = run.info.run_id
+        if not run.data.params:
+            self._client.log_batch(self.parent_id, params=[Param(*p) for p in params.items()])
         return run
+
+    def _marked(self, mark: str | None) -> str | None:
+        if not mark:
+            return None
+        found = self._client.search_runs([self.experiment_id], f"tags.`ftd.sweep` = '{mark}'")
+        return found[0].info.run_id if found else None
 
     def _new_experiment(self) -> str:
         try:
@@ -94,9 +99,6 @@ class Runs:
             return found.experiment_id
 
     def end_parent(self, status: str, now: int) -> None:
-        """No run below it stays RUNNING: what was not told its end was interrupted."""
-        for run in list(self.children("attributes.status = 'RUNNING'")):
-            self.interrupt(run, now)
         self._client.set_terminated(self.parent_id, status, now)
 
     # --- children ---------------------------------------------------------------------------
@@ -188,6 +190,11 @@ class Runs:
         if "ftd.trial" in run.data.tags:
             self._client.set_tag(run.info.run_id, "ftd.state", "interrupted")
         self._client.set_terminated(run.info.run_id, "KILLED", now)
+
+    def close_orphans(self, now: int) -> None:
+        """No run below the parent stays RUNNING: what was not told its end was interrupted."""
+        for run in list(self.children("attributes.status = 'RUNNING'")):
+            self.interrupt(run, now)
 
     def delete(self, run_id: str) -> None:
         self._client.delete_run(run_id)

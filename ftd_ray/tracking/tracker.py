@@ -165,7 +165,9 @@ class Tracker:
             self._monitor.finish()
             self._monitor = None
         if self.parent_id:
-            self._outbox.put(partial(self._runs.end_parent, status, _now()))
+            now = _now()
+            self._outbox.put(partial(self._runs.close_orphans, now))
+            self._outbox.put(partial(self._runs.end_parent, status, now))
             left = self._outbox.drain(FINISH_SECONDS, OUTAGE_SECONDS)
             if left:
                 were = "1 entry was" if left == 1 else f"{left} entries were"
@@ -237,7 +239,8 @@ class Tracker:
         is closed with what it cost and its mean validation accuracy by epoch.
         """
         if not last and time.monotonic() - self._fleet_told < FLEET_SECONDS:
-            done = {k for k, s in status.sets.items() if len(s.present) >= s.needed}
+            ours = {k: s for k, s in status.sets.items() if k in self._sets}
+            done = {k for k, s in ours.items() if len(s.present) >= s.needed}
             if done <= self._told:
                 return
         self._fleet_told = time.monotonic()
