@@ -277,20 +277,26 @@ def expected(folder: Path, **experts: Any) -> Any:
     return order_for(folder, urgency=Urgency.AHEAD, **experts)
 
 
+@pytest.mark.parametrize("told", ["before", "after"])
 def test_what_is_expected_is_built_by_an_actor_that_stands_and_starts_none(
-    head, nodes, broker_for, tmp_path
+    head, nodes, broker_for, tmp_path, told
 ):
     nodes(num_cpus=2)
-    handle, first = broker_for(tmp_path), order_for(tmp_path)
+    handle, first = broker_for(tmp_path), order_for(tmp_path, **LONG)
     orders = [expected(tmp_path, rho=0.02), expected(tmp_path, rho=0.03, count=1)]
-    ask(handle.expect.remote(orders))
-    assert ask(handle.actors.remote()) == 0
-    assert ask(handle.ensure.remote(first)) == [0, 1]
-    trained = wait_for_epochs(handle, 5 * 3)
+    if told == "before":
+        ask(handle.expect.remote(orders))
+        assert ask(handle.actors.remote()) == 0
+    answer = handle.ensure.remote(first)
+    if told == "after":
+        wait_until("a build", lambda: running_epochs(handle, first))
+        ask(handle.expect.remote(orders))
+    assert ask(answer) == [0, 1]
+    trained = wait_for_epochs(handle, 2 * LONG["epochs"] + 3 * 3)
     assert max(Counter(trained).values()) == 1
     wait_until("the actors' end", lambda: ask(handle.actors.remote()) == 0)
-    told = fleet_status(handle).sets
-    assert {k: (s.needed, set(s.built), s.present) for k, s in told.items()} == {
+    sets = fleet_status(handle).sets
+    assert {k: (s.needed, set(s.built), s.present) for k, s in sets.items()} == {
         o.key: (o.count, set(range(o.count)), set(range(o.count))) for o in [first, *orders]
     }
 

@@ -171,9 +171,13 @@ class Broker(Lingering):
         """An asker will want these later on; what is cheap enough is built while actors stand."""
         for order in orders:
             self._heard(order.asker).ahead.append(order)
+        jobs = [job for last in self._jobs.values() for job in _chain(last) if job.build]
+        for name in {order.asker for order in orders}:
+            if any(name in job.askers.values() for job in jobs):
+                self._build_ahead(name)  # its first order was quicker
 
     def _build_ahead(self, name: str) -> None:
-        """Places what an asker expects, once actors are there to build something for it."""
+        """Places what an asker expects, once something is built for it at all."""
         asker = self._askers.get(name)
         if asker is None:
             return
