@@ -2,9 +2,10 @@
 
 python tests/run_lanes.py quick|heavy [arguments of pytest ...]
 
-Quick tests run in one process, with what only waits beside it. Heavy tests run file by file, each
-in a process of its own, so that lanes share no fixture, no port and no Ray; whichever lane is free
-takes the next file, the longest first. Arguments that name tests are run alone, in one process.
+Each lane runs one process of pytest after another: on a file of heavy tests, or on a few files of
+quick ones. Lanes share no fixture, no port and no Ray; whichever is free takes the next files, the
+longest first. Beside them runs what only waits. Arguments that name tests are run alone, in one
+process.
 """
 
 import os
@@ -23,14 +24,18 @@ LONGEST = [
     "test_ray_fleet.py",
     "test_ray_kills.py",
     "test_ray_sweep.py",
+    "test_ray_config.py",
     "test_ray_budgets.py",
     "test_ray_shipping.py",
     "test_ray_mlflow_ui.py",
     "test_ray_tracking.py",
+    "test_ray_experts.py",
 ]
-"""Heavy files that begin, in this order; all others come after them."""
+"""Files that begin, in this order; all others come after them."""
 LANES = 2
-"""For heavy tests, beside the one of what waits."""
+"""Beside the one of what waits."""
+QUICK = 6
+"""Processes that quick tests are spread over: each takes seconds to import everything."""
 NOTHING_FOUND = 5
 """pytest's exit code when its arguments leave no test."""
 PYTEST = [sys.executable, "-m", "pytest", "--durations=15", "--durations-min=1"]
@@ -45,8 +50,8 @@ class Lanes:
         self._command = command
         self._lock = threading.Lock()
 
-    def run(self, queue: list[str], folder: Path) -> None:
-        """Takes one file after another until none is left; ``folder`` has what Ray and ftd keep."""
+    def run(self, queue: list[list[str]], folder: Path) -> None:
+        """Takes files from the queue until none are left; ``folder`` has what Ray and ftd keep."""
         cache = folder / "cache"
         cache.mkdir(parents=True)
         env = {"FTD_CACHE": str(cache)} | os.environ | {"RAY_TMPDIR": str(folder)}
@@ -54,10 +59,10 @@ class Lanes:
             with self._lock:
                 if not queue:
                     return
-                file = queue.pop(0)
+                files = queue.pop(0)
             began = time.monotonic()
             ran = subprocess.run(
-                [*self._command, str(TESTS / file)],
+                [*self._command, *(str(TESTS / file) for file in files)],
                 env=env,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -65,13 +70,18 @@ class Lanes:
             )
             with self._lock:
                 self.codes.append(ran.returncode)
-                print(f"--- {file}, {time.monotonic() - began:.0f} s\n{ran.stdout}", flush=True)
+                took = f"{time.monotonic() - began:.0f} s"
+                print(f"--- {', '.join(files)}, {took}\n{ran.stdout}", flush=True)
 
 
-def heavy_files() -> list[str]:
-    """The files with heavy tests, the longest first."""
-    found = sorted(p.name for p in TESTS.glob("test_*.py") if "mark.heavy" in p.read_text())
-    return sorted(found, key=lambda f: LONGEST.index(f) if f in LONGEST else len(LONGEST))
+def files_of(kind: str) -> list[list[str]]:
+    """What to run by one process each, the longest first."""
+    found = [p for p in TESTS.glob("test_*.py") if p.name != WAITING]
+    if kind == "heavy":
+        found = [p for p in found if "mark.heavy" in p.read_text()]
+    names = sorted(p.name for p in found)
+    names.sort(key=lambda f: LONGEST.index(f) if f in LONGEST else len(LONGEST))
+    return [[f] for f in names] if kind == "heavy" else [names[i::QUICK] for i in range(QUICK)]
 
 
 def main(kind: str, arguments: Sequence[str]) -> int:
@@ -79,9 +89,7 @@ def main(kind: str, arguments: Sequence[str]) -> int:
     if any(Path(a.partition("::")[0]).exists() for a in arguments):
         return subprocess.run(command).returncode
     lanes = Lanes(command)
-    queues = [[WAITING]]
-    if kind == "heavy":
-        queues += [[f for f in heavy_files() if f != WAITING]] * LANES
+    queues = [[[WAITING]], *[files_of(kind)] * LANES]
     with tempfile.TemporaryDirectory(prefix="lanes-", ignore_cleanup_errors=True) as folder:
         threads = [
             threading.Thread(target=lanes.run, args=(queue, Path(folder, str(i))))
@@ -89,9 +97,6 @@ def main(kind: str, arguments: Sequence[str]) -> int:
         ]
         for thread in threads:
             thread.start()
-        if kind == "quick":
-            others = subprocess.run([*command, "--ignore", str(TESTS / WAITING)])
-            lanes.codes.append(others.returncode)
         for thread in threads:
             thread.join()
     failed = [code for code in lanes.codes if code not in (0, NOTHING_FOUND)]
