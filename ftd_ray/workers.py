@@ -106,13 +106,16 @@ class WorkerPool:
         self._worker = worker
         self._options = {"num_cpus": cpus, "num_gpus": gpus}
         self._busy: dict[int, Any] = {}
-        self._idle: list[Any] = []
+        self._idle: list[tuple[Any, asyncio.Task[None]]] = []
+        """Workers, each with the task that ends it soon."""
         self._closed = False
 
     async def close(self) -> None:
         """Ends all workers, in the middle of whatever they do; there will be no others."""
         self._closed = True
-        for worker in (*self._busy.values(), *self._idle):
+        for _, leaving in self._idle:
+            leaving.cancel()
+        for worker in (*self._busy.values(), *(w for w, _ in self._idle)):
             ray.kill(worker)
         self._busy, self._idle = {}, []
 
@@ -120,9 +123,11 @@ class WorkerPool:
         """The worker of a trial: the one that it has, an idle one, or a new one."""
         if self._closed:
             raise UserError("the search is over")
+        if number not in self._busy and self._idle:
+            self._busy[number], leaving = self._idle.pop()
+            leaving.cancel()
         if number not in self._busy:
-            new = self._idle.pop() if self._idle else None
-            self._busy[number] = new or ray.remote(self._worker).options(**self._options).remote()
+            self._busy[number] = ray.remote(self._worker).options(**self._options).remote()
         return self._busy[number]
 
     async def give_back(self, number: int, *, clean: bool) -> None:
@@ -133,11 +138,13 @@ class WorkerPool:
         if not clean:
             ray.kill(worker)
             return
-        self._idle.append(worker)
+        self._idle.append((worker, asyncio.create_task(self._end(worker))))
+
+    async def _end(self, worker: Any) -> None:
+        """Ends an idle worker, unless it is taken before."""
         await asyncio.sleep(IDLE_SECONDS)
-        if worker in self._idle:
-            self._idle.remove(worker)
-            ray.kill(worker)
+        self._idle = [(w, leaving) for w, leaving in self._idle if w is not worker]
+        ray.kill(worker)
 
 
 def start_pool(cpus: float, gpus: float, worker: type = TrialWorker) -> Any:

@@ -11,7 +11,7 @@ import ray
 from ray_helpers import wait_until
 
 from ftd.errors import UserError
-from ftd_ray.workers import WORKER_ATTEMPTS, run_calls, start_pool
+from ftd_ray.workers import IDLE_SECONDS, WORKER_ATTEMPTS, run_calls, start_pool
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers have no tests
 
@@ -59,6 +59,16 @@ def test_next_trial_takes_over_the_process_of_the_one_before(pool):
     first = pid(taken(pool, 0))
     pool.give_back.remote(0, clean=True)
     assert pid(taken(pool, 1)) == first
+
+
+def test_worker_that_is_given_back_again_is_waited_for_anew(pool):
+    first = pid(taken(pool, 0))
+    ray.get(pool.give_back.remote(0, clean=True))
+    assert pid(taken(pool, 1)) == first
+    time.sleep(IDLE_SECONDS / 2)
+    ray.get(pool.give_back.remote(1, clean=True))
+    time.sleep(IDLE_SECONDS * 2 / 3)
+    assert pid(taken(pool, 2)) == first
 
 
 def test_trials_at_the_same_time_have_workers_of_their_own(pool):
