@@ -72,16 +72,17 @@ class Runs:
         self._kind = tags["ftd.kind"]
         if not self.experiment_id:
             self.experiment_id = self._new_experiment()
-        for run_id in (parent_id, self._marked(tags.get("ftd.sweep"))):
-            if run_id is not None and self._reopen(run_id):
-                run = self._client.get_run(run_id)
-                break
-        else:
+        run = self._again(parent_id) or self._again(self._marked(tags.get("ftd.sweep")))
+        if run is None:
             run = self._client.create_run(self.experiment_id, run_name=name, tags=tags)
         self.parent_id = self.known[None] = run.info.run_id
         if not run.data.params:
             self._client.log_batch(self.parent_id, params=[Param(*p) for p in params.items()])
         return run
+
+    def _again(self, run_id: str | None) -> Run | None:
+        """The run, RUNNING; None when there is none of that id."""
+        return self._client.get_run(run_id) if run_id and self._reopen(run_id) else None
 
     def _marked(self, mark: str | None) -> str | None:
         if not mark:
