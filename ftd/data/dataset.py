@@ -251,7 +251,12 @@ def _split(config: DatasetConfig, facts: Facts) -> tuple[np.ndarray, Indices]:
     """Labels, and the positions of train, validation and test, each in ascending order."""
     labels = np.asarray(facts["labels"], np.int64)
     parts = np.asarray(facts["parts"], np.int64)
-    return labels, split(config, labels, parts, tuple(facts["class_names"]))
+    try:
+        return labels, split(config, labels, parts, tuple(facts["class_names"]))
+    except UserError as error:
+        if left_out := len(facts["unreadable"]):
+            raise UserError(f"{error} (Unreadable images, left out: {left_out}.)") from error
+        raise
 
 
 def _decode(
