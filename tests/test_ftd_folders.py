@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import threading
 import zlib
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,6 +19,7 @@ from PIL import Image
 
 from ftd.data import DatasetConfig, Unreadable, describe, inspect, load
 from ftd.data import survey as survey_module
+from ftd.data.decode import decode
 from ftd.errors import UserError
 
 
@@ -218,9 +220,10 @@ def test_names_that_are_no_text_are_read(tmp_path: Path) -> None:
         image(5).save(f, "PNG")
     with open(os.fsencode(root / "cat") + b"/bad\xe9.png", "wb") as f:
         f.write(b"?")
-    assert "cat/bad\\udce9.png (not an image)" in refused(config_of(root))
+    assert "cat/bad\\xe9.png (not an image)" in refused(config_of(root))
     skipped = describe(config_of(root, on_unreadable="skip"))
     assert sum(map(sum, skipped.counts)) == 21
+    assert skipped.unreadable[0].where.encode()
 
 
 @pytest.mark.parametrize("suffix", [".JPG", ".jfif", ".gif", ".Png", ".tiff", ".webp", ".bmp"])
@@ -364,6 +367,18 @@ def test_every_image_is_decoded_once(tmp_path: Path, decoded: list[bytes]) -> No
     inspect(config)
     describe(replace(config, split_seed=1), lambda done, total: told.append((done, total)))
     assert len(decoded) == 20 == len(told)
+
+
+def test_images_are_decoded_by_all_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    together = threading.Barrier(4)  # which only four threads at a time pass
+
+    def waiting(data: bytes, resolution: int | None) -> Any:
+        together.wait(timeout=30)
+        return decode(data, resolution)
+
+    monkeypatch.setattr(survey_module, "decode", waiting)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(4)))
+    assert sum(describe(config_of(plain(tmp_path / "set"))).sizes) == 20
 
 
 def test_unreadable_images_are_listed_again_without_a_pass(
@@ -575,6 +590,22 @@ def test_skipped_rows_change_the_fingerprint_of_parquet(tmp_path: Path) -> None:
     assert "train-00000-of-00001.parquet, row 4 (not an image)" in refused(config)
     skipped = describe(replace(config, on_unreadable="skip"))
     assert sum(skipped.sizes) == 11 and skipped.fingerprint != whole.fingerprint
+
+
+@pytest.mark.parametrize("where", ["end", "middle"])
+def test_damaged_table_is_named(tmp_path: Path, where: str) -> None:
+    config = write(tmp_path / "set", train=table([0, 1] * 30))
+    path = tmp_path / "set" / "train-00000-of-00001.parquet"
+    content = bytearray(path.read_bytes())
+    if where == "end":
+        del content[-100:]
+    else:
+        content[4:40] = bytes(36)  # the first page's header
+    path.write_bytes(content)
+    message = refused(config)
+    assert (
+        "train-00000-of-00001.parquet cannot be read (" in message and "Fetch it again" in message
+    )
 
 
 def test_tables_of_no_part_are_named(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from ray_helpers import (
 from rich.console import Console
 
 from ftd.data.dataset import Description
-from ftd.data.inspection import Unreadable
+from ftd.data.unreadable import Unreadable
 from ftd.errors import UserError
 from ftd_ray.config import load_config
 from ftd_ray.dataplan import data_lines
@@ -69,8 +69,7 @@ def line_of(d: Description, what: str) -> str:
 def test_plan_counts_every_class_in_every_part() -> None:
     d = description(counts=((70, 80, 90), (40, 41, 42), (5, 6, 7)))
     assert line_of(d, "classes") == (
-        "classes    class-0 70 / 40 / 5, class-1 80 / 41 / 6, class-2 90 / 42 / 7 "
-        "(train / validation / test)"
+        "classes    train/validation/test of class-0: 70/40/5, class-1: 80/41/6, class-2: 90/42/7"
     )
     assert "240 train, 123 validation, 18 test" in line_of(d, "data")
 
@@ -147,7 +146,7 @@ def test_dry_run_reads_every_image_and_lists_what_cannot_be_read(here, capsys):
     assert main(["sweep.yaml", "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert "split      validation 0.1 of train, held out by class" in out
-    assert "classes    cat 22 / 2 / 6, dog 22 / 2 / 6 (train / validation / test)" in out
+    assert "classes    train/validation/test of cat: 22/2/6, dog: 22/2/6" in out
     (here / "images/cat/003.png").write_bytes(b"")
     assert main(["sweep.yaml", "--dry-run"]) == 2
     said = capsys.readouterr()
@@ -298,6 +297,7 @@ def test_sweep_that_failed_goes_on_when_its_images_are_mended(tmp_path):
     assert first.code == 1, first.out + first.err
     assert summary_of(tmp_path)["trials"] == {"complete": 0, "pruned": 0, "failed": 3}
     parent = summary_of(tmp_path)["mlflow"]["parent_run_id"]
+    before = {r.info.run_id for r in mlflow_runs(tmp_path) if r.data.tags["ftd.kind"] == "trial"}
     (root / "cat" / "000.png").unlink()
     again = run_sweep(tmp_path, "sweep.yaml", "--resume")
     assert "3 trials, failed or interrupted, will be done again" in again.out, again.err
@@ -307,6 +307,8 @@ def test_sweep_that_failed_goes_on_when_its_images_are_mended(tmp_path):
     runs = mlflow_runs(tmp_path)
     trials = [r for r in runs if r.data.tags["ftd.kind"] == "trial"]
     assert sorted(r.data.tags["ftd.trial"] for r in trials) == ["0", "1", "2"]
+    assert not before & {r.info.run_id for r in trials}
+    assert len(list((tmp_path / "runs" / "tiny").glob(f"{STUDY_FILE}.????????"))) == 1
     assert all(r.info.status != "RUNNING" for r in runs)
     begun = read_begun(str(tmp_path / "runs" / "tiny"))
     assert begun is not None and begun.remembered["mlflow_run"] == parent

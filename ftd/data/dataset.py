@@ -17,12 +17,12 @@ from torch import Tensor
 
 from ftd.data.cache import cached_arrays
 from ftd.data.config import DatasetConfig
-from ftd.data.inspection import Unreadable, check_readable, unreadable_of
 from ftd.data.normalise import Normalisation, check_zca, fit_standard, fit_zca
 from ftd.data.registry import DATASETS
 from ftd.data.sources import Source
 from ftd.data.splits import Indices, fractions, split
 from ftd.data.survey import Facts, Progress, decode_into, pixel_key, survey
+from ftd.data.unreadable import Unreadable, check_readable, unreadable_of
 from ftd.errors import UserError
 
 Counts = tuple[int, ...]
