@@ -106,10 +106,10 @@ an expert set's key, is written into the sweep's `sweep.yaml`, and stays for `--
 **Optimisers.** `distill.optimiser: sgd` is the paper's. Its learning rates have units: gradients
 scale with the loss, N, M, IPC, the resolution and the experts, so that rates which suit one point
 kill the next (eta becomes negative, the loss leaves the numbers). `rmsprop` descends log L and log
-eta, and divides each image's gradient by its running root mean square: `lr_img` is the change of
-an image in one step, in standard deviations of the pixels (0.03 to 0.1 for some dozen steps, less
-for thousands), eta cannot leave (0, inf), and starts where some segments are matched best. A
-dimension can choose between both, each with its own rates:
+eta, and divides each image's gradient by its running root mean square: `lr_img` is what a class
+changes by in one step, in standard deviations of the pixels (0.03 to 0.1, of which each of its
+images gets an equal part), eta cannot leave (0, inf), and starts where some segments are matched
+best. A dimension can choose between both, each with its own rates:
 
     optimiser: {choice: [sgd, rmsprop]}
     lr_img: {choice: [0.03, 0.1], when: {optimiser: rmsprop}}
