@@ -93,6 +93,13 @@ alone: with `tpe` or `gp` it wants many trials.
 `wilcoxon` compares fresh networks one by one with those of the best trial, which had the same
 seeds, and prunes between the distillations of a trial (`repeats`).
 
+**Failed trials.** A trial that fails counts, and is not replaced. When its training or that of its
+experts diverged, samplers and pruners take it for worse than every trial that lived, so that a
+search leaves a corner of its space in which trials diverge; it stays FAIL in the study. Other
+failures say nothing about their point and are passed over. When most of the first trials fail for
+one reason, the sweep says so once, with what those trials have in common and what helps; the report
+and `failures` in `summary.json` say it too.
+
 **Backends.** `resources.expert_backend` and `resources.trial_backend` say how gradients are
 computed. `native` (on CPU) is the ConvNet differentiated by hand over C kernels that are compiled
 once a machine, in seconds, and kept in `$FTD_CACHE` (default `~/.cache/ftd`); it needs a C
@@ -148,7 +155,7 @@ TAIL = """\
 |---|---|---|---|
 | complete | COMPLETE | TERMINATED | FINISHED, tag `ftd.state` = complete |
 | pruned | PRUNED | TERMINATED | FINISHED, tags `ftd.state` = pruned and `pruned` |
-| failed | FAIL, user attribute `reason` | ERROR | FAILED, tag `ftd.reason` |
+| failed | FAIL, user attributes `reason` and `diverged` | ERROR | FAILED, tag `ftd.reason` |
 | interrupted, to be resumed | RUNNING | (gone) | KILLED until resumed |
 """
 
