@@ -26,14 +26,16 @@ def noise(train: int, test: int, device: torch.device) -> Dataset:
         index = torch.arange(start, stop, device=device)
         return Split(images, labels.to(device), index, normalisation)
 
+    def count(start: int, stop: int) -> tuple[int, ...]:
+        return tuple(torch.bincount(labels[start:stop], minlength=CLASSES).tolist())
+
     return Dataset(
         Description(
             name="noise",
             class_names=tuple(str(k) for k in range(CLASSES)),
             channels=3,
             resolution=32,
-            per_class=tuple(torch.bincount(labels[:train], minlength=CLASSES).tolist()),
-            sizes=(train, CLASSES, test),
+            counts=(count(0, train), count(train, train + CLASSES), count(train + CLASSES, n)),
             fingerprint="noise",
         ),
         augment.FULL,

@@ -1,14 +1,19 @@
 """Data sets as tensors: where images come from, how they are kept, how they are normalised.
 
-``sources`` finds and decodes, ``cache`` keeps the decoded pixels once a node, ``normalise`` maps
-pixels to network space and back, ``dataset`` puts them together.
+``folders``, ``tables`` and ``arrays`` find images, ``registry`` has them by name; ``survey`` looks
+at every one with ``decode``; ``cache`` keeps what it finds, and the pixels, once a node; ``splits``
+says which are train, validation and test; ``normalise`` maps pixels to network space and back;
+``dataset`` puts them together, and ``inspection`` tells of single images.
 """
 
-from ftd.data.dataset import Dataset, DatasetConfig, Sender, Split, describe, load, open_arrays
+from ftd.data.config import FRACTIONS, DatasetConfig
+from ftd.data.dataset import Dataset, Sender, Split, describe, load, open_arrays
+from ftd.data.inspection import Inspection, Unreadable, inspect
 from ftd.data.normalise import Normalisation
-from ftd.data.sources import DATASETS
+from ftd.data.registry import DATASETS
+from ftd.data.survey import Progress
 
 __all__ = [
-    "DATASETS", "Dataset", "DatasetConfig", "Normalisation", "Sender", "Split", "describe", "load",
-    "open_arrays",
+    "DATASETS", "FRACTIONS", "Dataset", "DatasetConfig", "Inspection", "Normalisation", "Progress",
+    "Sender", "Split", "Unreadable", "describe", "inspect", "load", "open_arrays",
 ]  # fmt: skip

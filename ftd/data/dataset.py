@@ -1,109 +1,66 @@
 """A data set ready for training: train, validation and test as views of one mapped pixel array.
 
-The validation split is held out of *train*, class by class, and is what searches select on;
-the test part is the data set's own and is for the end.
+Searches select on the validation part, which is the data set's own or held out of *train*, class
+by class; the test part is for the end.
 """
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ftd.augment import parse_strategy
-from ftd.data.cache import cached_arrays, cached_json
+from ftd.data.cache import cached_arrays
+from ftd.data.config import DatasetConfig
+from ftd.data.inspection import Unreadable, check_readable, unreadable_of
 from ftd.data.normalise import Normalisation, check_zca, fit_standard, fit_zca
-from ftd.data.sources import DATASETS, DECODE_RULE, Source, decode_into
+from ftd.data.registry import DATASETS
+from ftd.data.sources import Source
+from ftd.data.splits import Indices, fractions, split
+from ftd.data.survey import Facts, Progress, decode_into, pixel_key, survey
 from ftd.errors import UserError
 
-TEST_FRACTION = 0.2
-
-
-@dataclass(frozen=True, kw_only=True)
-class DatasetConfig:
-    """Which images, and how they are split and normalised."""
-
-    name: str
-    """digits, mnist, fashion_mnist, cifar10, cifar100, imagenette, imagefolder or parquet."""
-    root: str | None = None
-    """Folder of the data; not used by ``digits``, which is bundled."""
-    download: bool = False
-    """Fetch missing data through torchvision, where it can."""
-    val_fraction: float = 0.1
-    """Share of the training images of each class that is held out to select on."""
-    split_seed: int = 0
-    """Which images are held out."""
-    test_fraction: float | None = None
-    """Share of each class that becomes test where the data have no test part; None for 0.2."""
-    resolution: int | None = None
-    """Side in pixels after resizing; None for the data set's own."""
-    zca: bool = False
-    """ZCA whitening in place of per-channel mean and standard deviation."""
-    augment: str | None = None
-    """DSA families joined by '_', or none; None for the data set's customary ones."""
-
-    def __post_init__(self) -> None:
-        if self.name not in DATASETS:
-            raise UserError(
-                f"dataset.name={self.name!r} is not known. Take one of {', '.join(DATASETS)}."
-            )
-        for key in ("val_fraction", "test_fraction"):
-            value = getattr(self, key)
-            if value is not None and not 0 < value < 1:
-                raise UserError(f"dataset.{key}={value} must lie between 0 and 1, both excluded.")
-        if self.split_seed < 0:
-            raise UserError(f"dataset.split_seed={self.split_seed} must be 0 or more.")
-        entry = DATASETS[self.name]
-        if self.root is not None and not entry.needs_root:
-            raise UserError(
-                f"dataset.root={self.root!r} has no effect: {self.name} is bundled. Leave it out."
-            )
-        if self.download and not entry.downloads:
-            raise UserError(
-                f"dataset.download=true has no effect: {self.name} is not downloaded. Leave it out."
-            )
-        if self.resolution is not None and self.resolution < 1:
-            raise UserError(f"dataset.resolution={self.resolution} must be at least 1 pixel.")
-        if self.augment is not None:
-            parse_strategy(self.augment)
-        if self.root is None and entry.needs_root:
-            raise UserError(
-                f"dataset.root is missing, and {self.name} is not bundled. "
-                "Set dataset.root to the folder of the data."
-            )
-
-    @property
-    def strategy(self) -> str:
-        """The DSA strategy in force."""
-        return DATASETS[self.name].augment if self.augment is None else self.augment
+Counts = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Description:
-    """What is known of a data set without decoding it."""
+    """What is known of a data set without its pixels."""
 
     name: str
     class_names: tuple[str, ...]
     channels: int
     resolution: int
-    per_class: tuple[int, ...]
-    """Training images of each class, after the validation split."""
-    sizes: tuple[int, int, int]
-    """Images in train, validation and test."""
+    counts: tuple[Counts, Counts, Counts]
+    """Images of each class in train, validation and test."""
     fingerprint: str
     """Names pixels, labels, split and normalisation: equal fingerprints, equal tensors."""
+    held_out: tuple[float | None, float | None] = (None, None)
+    """Shares of train that became validation and test; None for a part that was given."""
+    unreadable: tuple[Unreadable, ...] = ()
+    """Image files that were left out."""
+    unused: tuple[str, ...] = ()
+    """What lies beside the images and is of no part, in words."""
 
     @property
     def classes(self) -> int:
         return len(self.class_names)
+
+    @property
+    def per_class(self) -> Counts:
+        """Training images of each class."""
+        return self.counts[0]
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Images in train, validation and test."""
+        train, val, test = map(sum, self.counts)
+        return train, val, test
 
 
 class Split:
@@ -163,10 +120,17 @@ class Dataset:
         return replace(self, normalisation=normalisation, **parts)
 
 
-def describe(config: DatasetConfig) -> Description:
-    """Labels, splits and fingerprint, without decoding an image. Raises UserError if missing."""
-    facts, _ = _facts(config)
-    return _description(config, facts)
+def describe(config: DatasetConfig, progress: Progress | None = None) -> Description:
+    """Classes, splits and fingerprint. Raises UserError if the data are missing or do not do.
+
+    Of image files the first call decodes every one, tells ``progress``, and leaves the pixels in
+    the cache; a later one reads its index.
+    """
+    facts, source = _facts(config, progress)
+    description = _description(config, facts)
+    if DATASETS[config.name].encoded:
+        _pixels(config, facts, lambda out: _decode(config, facts, source, out, progress))
+    return description
 
 
 class Sender(Protocol):
@@ -187,7 +151,7 @@ class Sender(Protocol):
 def open_arrays(config: DatasetConfig) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """A data set as it is sent to other machines: facts, and the mapped arrays of its cache."""
     facts, source = _facts(config)
-    images = _pixels(config, facts, lambda out: _decode(config, source, out))
+    images = _pixels(config, facts, lambda out: _decode(config, facts, source, out))
     arrays = {"pixels": images}
     if config.zca:
         train = _split(config, facts)[1][0]
@@ -209,7 +173,7 @@ def load(
     labels, (train, val, test) = _split(config, facts)
 
     def fill(out: np.ndarray) -> None:
-        sender.fill("pixels", out) if sender else _decode(config, source, out)
+        sender.fill("pixels", out) if sender else _decode(config, facts, source, out)
 
     def fill_zca(out: np.ndarray) -> None:
         sender.fill("zca", out) if sender else _fit_zca(images, train, out)
@@ -233,132 +197,82 @@ def load(
     return Dataset(description, config.strategy, normalisation, part(train), part(val), part(test))
 
 
-def _facts(config: DatasetConfig) -> tuple[dict[str, Any], Source | None]:
-    """Digest, labels and class names; from the index when the files are those seen before."""
-    opened: list[Source] = []
+def _facts(config: DatasetConfig, progress: Progress | None = None) -> tuple[Facts, Source | None]:
+    """What the survey found, when it will do for this configuration."""
 
-    def look() -> dict[str, Any]:
-        opened.append(DATASETS[config.name].open(config))
-        return _source_facts(opened[0])
+    def check(source: Source) -> None:
+        _resolution(config, source.native_resolution)
+        split(config, source.labels, source.parts, source.class_names)
 
-    root = Path(config.root or ".")
-    if not DATASETS[config.name].needs_root:
-        facts = cached_json(lambda: f"{config.name}-{version('scikit-learn')}", look)
-    elif root.is_dir():
-        facts = cached_json(lambda: _stamp(config, root), look)
-    else:
-        facts = look()  # says what is missing, or downloads it
-    return facts, opened[0] if opened else None
+    facts, source = survey(config, progress, check)
+    check_readable(config, facts)
+    return facts, source
 
 
-def _source_facts(source: Source) -> dict[str, Any]:
-    return {
-        "digest": source.digest,
-        "labels": source.labels.tolist(),
-        "test": None if source.test is None else source.test.tolist(),
-        "class_names": list(source.class_names),
-        "channels": source.channels,
-        "native_resolution": source.native_resolution,
-        "stats": source.stats,
-    }
-
-
-def _stamp(config: DatasetConfig, root: Path) -> str:
-    """Names, sizes and times of all files under root: the same stamp, the same content."""
-    h = hashlib.sha256(json.dumps(["stamp-1", config.name, str(root.resolve())]).encode())
-    for folder, subfolders, files in os.walk(root):
-        subfolders.sort()
-        for name in sorted(files):
-            try:
-                stat = os.stat(os.path.join(folder, name))
-            except FileNotFoundError:  # a link to nowhere
-                continue
-            h.update(f"{folder}/{name}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
-    return h.hexdigest()[:32]
-
-
-def _description(config: DatasetConfig, facts: dict[str, Any]) -> Description:
-    resolution = config.resolution or facts["native_resolution"]
+def _resolution(config: DatasetConfig, native: int | None) -> int:
+    resolution = config.resolution or native
     if resolution is None:
         raise UserError(
             f"dataset.resolution is missing, and the images of {config.name} have no common size. "
             "Set it, for instance to 32, 64 or 128."
         )
+    return resolution
+
+
+def _description(config: DatasetConfig, facts: Facts) -> Description:
+    resolution = _resolution(config, facts["native_resolution"])
     if config.zca:
         check_zca(facts["channels"] * resolution**2)
     labels, parts = _split(config, facts)
-    counts = np.bincount(labels[parts[0]], minlength=len(facts["class_names"]))
-    test_fraction = None if facts["test"] is not None else config.test_fraction or TEST_FRACTION
+    names = tuple(facts["class_names"])
+    train, val, test = (
+        tuple(np.bincount(labels[index], minlength=len(names)).tolist()) for index in parts
+    )
+    held_out = fractions(config, np.asarray(facts["parts"]))
+    val_fraction, test_fraction = held_out
     identity = [
-        "data-1", facts["digest"], DECODE_RULE, resolution, config.val_fraction,
-        config.split_seed, test_fraction, "zca" if config.zca else facts["stats"] or "fit",
+        "data-1", facts["digest"], facts["rule"], resolution, val_fraction, config.split_seed,
+        test_fraction, "zca" if config.zca else facts["stats"] or "fit",
     ]  # fmt: skip
     return Description(
         name=config.name,
-        class_names=tuple(facts["class_names"]),
+        class_names=names,
         channels=facts["channels"],
         resolution=resolution,
-        per_class=tuple(int(c) for c in counts),
-        sizes=(len(parts[0]), len(parts[1]), len(parts[2])),
+        counts=(train, val, test),
         fingerprint=hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32],
+        held_out=held_out,
+        unreadable=unreadable_of(facts),
+        unused=tuple(facts["unused"]),
     )
 
 
-Fill = Callable[[np.ndarray], None]
-Indices = tuple[np.ndarray, np.ndarray, np.ndarray]
-
-
-def _split(config: DatasetConfig, facts: dict[str, Any]) -> tuple[np.ndarray, Indices]:
+def _split(config: DatasetConfig, facts: Facts) -> tuple[np.ndarray, Indices]:
     """Labels, and the positions of train, validation and test, each in ascending order."""
     labels = np.asarray(facts["labels"], np.int64)
-    classes = len(facts["class_names"])
-    if facts["test"] is None:
-        fraction = config.test_fraction or TEST_FRACTION
-        test, rest = _hold_out(labels, np.arange(len(labels)), fraction, 0, "test")
-    elif config.test_fraction is not None:
-        raise UserError(
-            f"dataset.test_fraction={config.test_fraction} has no effect: the data have a test "
-            "part of their own. Leave it out."
-        )
-    else:
-        mask = np.asarray(facts["test"], bool)
-        test, rest = np.flatnonzero(mask), np.flatnonzero(~mask)
-    val, train = _hold_out(labels, rest, config.val_fraction, config.split_seed, "val")
-    empty = np.flatnonzero(np.bincount(labels[train], minlength=classes) == 0)
-    if len(empty):
-        raise UserError(
-            f"dataset: the class {facts['class_names'][empty[0]]!r} has no training image after "
-            f"the split. Add images to it, or lower dataset.val_fraction={config.val_fraction}."
-        )
-    return labels, (train, val, test)
+    parts = np.asarray(facts["parts"], np.int64)
+    return labels, split(config, labels, parts, tuple(facts["class_names"]))
 
 
-def _hold_out(
-    labels: np.ndarray, among: np.ndarray, fraction: float, seed: int, what: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """Takes ``fraction`` of each class, at least one image, out of ``among``."""
-    taken = []
-    for k in np.unique(labels[among]):
-        members = among[labels[among] == k]
-        rng = np.random.default_rng([seed, int(k), *what.encode()])
-        count = max(1, round(fraction * len(members)))
-        taken.append(rng.permutation(members)[:count])
-    held = np.sort(np.concatenate(taken))
-    return held, np.setdiff1d(among, held)
+def _decode(
+    config: DatasetConfig,
+    facts: Facts,
+    source: Source | None,
+    out: np.ndarray,
+    progress: Progress | None = None,
+) -> None:
+    decode_into(source or DATASETS[config.name].open(config), facts, out, progress)
 
 
-def _decode(config: DatasetConfig, source: Source | None, out: np.ndarray) -> None:
-    decode_into(source or DATASETS[config.name].open(config), out)
-
-
-def _pixels(config: DatasetConfig, facts: dict[str, Any], fill: Fill) -> np.ndarray:
+def _pixels(config: DatasetConfig, facts: Facts, fill: Callable[[np.ndarray], None]) -> np.ndarray:
     """All images of a data set (N, C, H, W), uint8, from the cache."""
-    c, r = facts["channels"], _description(config, facts).resolution
-    key = f"{facts['digest'][:32]}-{c}x{r}x{r}-{DECODE_RULE}"
-    return cached_arrays(key, len(facts["labels"]), (c, r, r), fill)
+    c, r = facts["channels"], _resolution(config, facts["native_resolution"])
+    return cached_arrays(pixel_key(facts, r), len(facts["labels"]), (c, r, r), fill)
 
 
-def _zca_bytes(fingerprint: str, images: np.ndarray, fill: Fill) -> np.ndarray:
+def _zca_bytes(
+    fingerprint: str, images: np.ndarray, fill: Callable[[np.ndarray], None]
+) -> np.ndarray:
     """ZCA takes a while to fit: kept beside the pixels, as the bytes of two float32 arrays."""
     values = int(np.prod(images.shape[1:]))
     return cached_arrays(f"zca-{fingerprint}", 4 * (values + values * values), (), fill)
