@@ -1,9 +1,13 @@
 """Distillation: the outer loop of trajectory matching (FTD Alg. 1 on MTT Alg. 1).
 
-N = syn_steps, M = expert_epochs, t ~ U{0 ... max_start_epoch - 1}, beta = ema_decay.
+N = syn_steps, M = expert_epochs, t ~ U{0 ... max_start_epoch - 1}, T = iterations, k = outer step.
 Each outer step picks an expert and a segment theta*_t -> theta*_{t+M}, takes the gradient of the
-matching loss for images, eta and (soft) labels, and descends by SGD with momentum. The set that
-is evaluated and saved is the exponential moving average of the images.
+matching loss for images, eta and (soft) labels, and descends by ``optimiser`` (ftd.outer). The set
+that is evaluated and saved is a moving average of the images, x^:
+
+    ema_decay   x^ <- beta x^ + (1 - beta) x from the initial images, as in FTD
+    ema_share   the same with beta = 1 - 1 / (ema_share T), divided by 1 - beta^k: without the
+                initial images, which otherwise are most of it for the first 1 / (1 - beta) steps
 """
 
 import time
@@ -25,11 +29,32 @@ from ftd.errors import Diverged, UserError
 from ftd.evaluate import draw_real
 from ftd.expert import network_for, sgd_step
 from ftd.gradients import Gradients
-from ftd.matching import GRADIENTS, InnerStep, Match
+from ftd.matching import GRADIENTS, InnerStep, Match, matching_loss, unroll
+from ftd.outer import OPTIMISERS, Descent, log_lr_step, rmsprop_step
 from ftd.seeds import generator
 
 SOFT_LABEL_EXPERTS = 5
 """Experts whose mean logits the soft labels start from."""
+
+DEFAULTS: dict[str, dict[str, float]] = {
+    "sgd": {"lr_img": 100.0, "lr_lr": 1e-7, "lr_label": 1.0},
+    "rmsprop": {"lr_img": 0.05, "lr_lr": 0.05, "lr_label": 0.05},
+}
+"""Learning rates of each optimiser where none are given."""
+
+_WITHOUT_UNITS = ", or take distill.optimiser=rmsprop, whose learning rates have no units"
+
+LR_INIT = 0.01
+EMA_DECAY = 0.9999
+
+SEARCHED_LR = tuple(10 ** (e / 2) for e in range(-8, 1))
+"""Initial learning rates among which ``rmsprop`` looks for the best, ascending."""
+
+SEARCH_SEGMENTS = 3
+"""Segments that it looks at."""
+
+SCALE_IMAGES = 1024
+"""Training images whose pixels' standard deviation is the unit of ``lr_img``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,22 +71,31 @@ class DistillConfig:
     """Segments start at an epoch below this."""
     iterations: int = 5000
     """Outer steps."""
-    lr_img: float = 100.0
-    """Learning rate of the images."""
-    lr_lr: float = 1e-7
-    """Learning rate of eta."""
-    lr_init: float = 0.01
-    """Initial eta."""
-    ema_decay: float = 0.9999
-    """beta of the moving average of the images; 0 takes the images themselves."""
+    optimiser: str = "sgd"
+    """Of images, labels and eta. sgd: the paper's, its learning rates depend on everything else.
+    rmsprop: descends log L and log eta; its learning rates have no units, and eta stays above 0."""
+    lr_img: float | None = None
+    """Learning rate of the images. sgd: None for 100. rmsprop: the change of an image in a step, in
+    standard deviations of the pixels; None for 0.05."""
+    lr_lr: float | None = None
+    """Learning rate of eta. sgd: None for 1e-7. rmsprop: of log eta; None for 0.05."""
+    lr_init: float | None = None
+    """Initial eta. None: 0.01 for sgd; for rmsprop the one that matches some segments best."""
+    ema_decay: float | None = None
+    """beta of the moving average of the images, which starts at the initial ones; 0 takes the
+    images themselves. None for 0.9999, unless there is ema_share."""
+    ema_share: float | None = None
+    """In place of ema_decay: the moving average remembers this share of the iterations, without
+    the initial images; 0 takes the images themselves."""
     momentum: float = 0.5
-    """Momentum of the outer SGD, on images, labels and eta."""
+    """Momentum of the optimiser, on images, labels and eta."""
     batch_syn: int | None = None
     """Images of a student step; None for all of them."""
     labels: str = "hard"
     """hard: class indices. soft: learned, starting from the experts' mean prediction."""
     lr_label: float | None = None
-    """Learning rate of soft label logits; None for 1."""
+    """Learning rate of soft label logits. sgd: None for 1. rmsprop: their change in a step, in
+    standard deviations of the first ones; None for 0.05."""
     init: str = "real"
     """real: random training images. noise: standard normal in network space."""
     gradient: str = "rematerialised"
@@ -71,30 +105,77 @@ class DistillConfig:
         for key in ("ipc", "syn_steps", "expert_epochs", "max_start_epoch", "iterations"):
             if getattr(self, key) < 1:
                 raise UserError(f"distill.{key}={getattr(self, key)} must be at least 1.")
-        if self.lr_label is not None and self.labels == "hard":
-            raise UserError(
-                f"distill.lr_label={self.lr_label} has no effect with distill.labels=hard. "
-                "Leave it out, or take labels: soft."
-            )
-        for key in ("lr_img", "lr_init", "lr_label"):
-            if getattr(self, key) is None:
-                continue
-            if not 0 < getattr(self, key) < float("inf"):
-                raise UserError(f"distill.{key}={getattr(self, key)} must be above 0, and finite.")
-        if not 0 <= self.lr_lr < float("inf"):
-            raise UserError(f"distill.lr_lr={self.lr_lr} must be 0 or more (0 keeps eta fixed).")
-        for key in ("ema_decay", "momentum"):
-            if not 0 <= getattr(self, key) < 1:
-                raise UserError(f"distill.{key}={getattr(self, key)} must lie in [0, 1).")
-        if self.batch_syn is not None and self.batch_syn < 1:
-            raise UserError(f"distill.batch_syn={self.batch_syn} must be at least 1, or null.")
-        tables = {"labels": ("hard", "soft"), "init": ("real", "noise"), "gradient": GRADIENTS}
+        tables = {
+            "optimiser": OPTIMISERS,
+            "labels": ("hard", "soft"),
+            "init": ("real", "noise"),
+            "gradient": GRADIENTS,
+        }
         for key, allowed in tables.items():
             if getattr(self, key) not in allowed:
                 raise UserError(
                     f"distill.{key}={getattr(self, key)!r} is not known. "
                     f"Take one of {', '.join(allowed)}."
                 )
+        if self.lr_label is not None and self.labels == "hard":
+            raise UserError(
+                f"distill.lr_label={self.lr_label} has no effect with distill.labels=hard. "
+                "Leave it out, or take labels: soft."
+            )
+        if self.ema_share is not None and self.ema_decay is not None:
+            raise UserError(
+                f"distill.ema_share={self.ema_share} and distill.ema_decay={self.ema_decay} name "
+                "two averages. Leave one of them out."
+            )
+        self._settle()
+        for key in ("lr_img", "lr_init", "lr_label"):
+            if getattr(self, key) is None:
+                continue
+            if not 0 < getattr(self, key) < float("inf"):
+                raise UserError(f"distill.{key}={getattr(self, key)} must be above 0, and finite.")
+        if not 0 <= self.rate("lr_lr") < float("inf"):
+            raise UserError(f"distill.lr_lr={self.lr_lr} must be 0 or more (0 keeps eta fixed).")
+        for key in ("ema_decay", "ema_share", "momentum"):
+            if getattr(self, key) is not None and not 0 <= getattr(self, key) < 1:
+                raise UserError(f"distill.{key}={getattr(self, key)} must lie in [0, 1).")
+        if self.batch_syn is not None and self.batch_syn < 1:
+            raise UserError(f"distill.batch_syn={self.batch_syn} must be at least 1, or null.")
+        for key, unit in (
+            ("lr_img", "standard deviations of the pixels"),
+            ("lr_label", "standard deviations of the logits"),
+            ("lr_lr", "of log eta"),
+        ):
+            value = getattr(self, key)
+            if self.optimiser == "rmsprop" and value is not None and value > 1:
+                raise UserError(
+                    f"distill.{key}={value:g} with distill.optimiser=rmsprop is a change of "
+                    f"{value:g} {unit} in one step, and 1 is the most. Take 0.02 to 0.1, or mean "
+                    "optimiser: sgd."
+                )
+
+    def _settle(self) -> None:
+        """Puts defaults where they depend on other keys."""
+        defaults = {key: DEFAULTS[self.optimiser][key] for key in ("lr_img", "lr_lr")}
+        if self.optimiser == "sgd":
+            defaults["lr_init"] = LR_INIT
+        if self.ema_share is None:
+            defaults["ema_decay"] = EMA_DECAY
+        for key, value in defaults.items():
+            if getattr(self, key) is None:
+                object.__setattr__(self, key, value)
+
+    def rate(self, key: str) -> float:
+        """``lr_img``, ``lr_lr`` or ``lr_label``, after its default."""
+        value = getattr(self, key)
+        return float(DEFAULTS[self.optimiser][key] if value is None else value)
+
+    def ema_decay_at(self, step: int) -> float:
+        """The weight of what was before in the average after ``step`` (from 1)."""
+        if self.ema_decay is not None:
+            return self.ema_decay
+        assert self.ema_share is not None
+        beta = max(0.0, 1 - 1 / max(1.0, self.ema_share * self.iterations))
+        return 1 - (1 - beta) / (1 - beta**step)
 
     def check(self, *, epochs: int, per_class: tuple[int, ...] | None) -> None:
         """Raises UserError if ``epochs`` of the experts or the training images do not suffice.
@@ -152,6 +233,13 @@ class DistillState:
     image_velocity: Tensor | None = None
     label_velocity: Tensor | None = None
     lr_velocity: Tensor | None = None
+    image_square: Tensor | None = None
+    """(N,) running mean square of each image's gradient; this and what follows of rmsprop."""
+    label_square: Tensor | None = None
+    image_scale: Tensor | None = None
+    """Standard deviation of the pixels in network space, a scalar."""
+    label_scale: Tensor | None = None
+    """Of the first logits."""
 
     @property
     def label_targets(self) -> Tensor:
@@ -212,14 +300,65 @@ def initial_state(
         images = noise.to(images.device)
     if config.labels == "soft":
         labels = _expert_logits(trajectories, gradients, images, labels, epochs)
+    if config.lr_init is None:
+        syn_lr = _best_lr(config, data.strategy, trajectories, gradients, images, labels, seed)
+    else:
+        syn_lr = torch.tensor(config.lr_init, device=images.device)
+    unitless = config.optimiser == "rmsprop"
     return DistillState(
         step=0,
         images=images,
         labels=labels,
-        syn_lr=torch.tensor(config.lr_init, device=images.device),
+        syn_lr=syn_lr,
         ema_images=images.clone(),
         ema_labels=labels.clone(),
+        image_scale=_pixel_std(data) if unitless else None,
+        label_scale=labels.std() if unitless and config.labels == "soft" else None,
     )
+
+
+def _pixel_std(data: Dataset) -> Tensor:
+    """Standard deviation of the training images in network space, from some all over them."""
+    n = len(data.train)
+    some = torch.linspace(0, n - 1, min(n, SCALE_IMAGES), device=data.train.labels.device)
+    return data.train.batch(some.long()).std()
+
+
+@torch.no_grad()
+def _best_lr(
+    config: DistillConfig,
+    strategy: str,
+    trajectories: Trajectories,
+    gradients: Gradients,
+    images: Tensor,
+    labels: Tensor,
+    seed: int,
+) -> Tensor:
+    """The learning rate in ``SEARCHED_LR`` at which the student matches some segments best.
+
+    From the smallest up, until the mean log L rises: each costs a few unrolls and no second order.
+    """
+    device = images.device
+
+    def segment(number: int) -> tuple[Tensor, Tensor, list[InnerStep]]:
+        gen = generator(seed, "lr_init", number)
+        expert, t = _randint(trajectories.experts, gen), _randint(config.max_start_epoch, gen)
+        start, target = trajectories.segment(expert, t, t + config.expert_epochs)
+        steps = draw_inner_steps(config, len(images), strategy, gen, device)
+        return _tensor(start, device), _tensor(target, device), steps
+
+    segments = [segment(number) for number in range(SEARCH_SEGMENTS)]
+    best, lowest = torch.tensor(SEARCHED_LR[0], device=device), float("inf")
+    for value in SEARCHED_LR:
+        syn_lr = torch.tensor(value, device=device)
+        mean = 0.0
+        for start, target, steps in segments:
+            end = unroll(gradients, start, images, labels, syn_lr, steps)[-1]
+            mean += matching_loss(end, start, target).log().item() / len(segments)
+        if not mean < lowest:
+            break
+        best, lowest = syn_lr, mean
+    return best
 
 
 @torch.no_grad()
@@ -280,12 +419,14 @@ def distill(
         if not np.isfinite([record.loss, record.grad_norm, record.syn_lr]).all():
             raise Diverged(
                 f"step {step}: the matching loss is {record.loss:g} and eta is "
-                f"{record.syn_lr:g}. Lower distill.lr_img, lr_lr, lr_init or syn_steps."
+                f"{record.syn_lr:g}. Lower distill.lr_img, lr_lr, lr_init or syn_steps"
+                f"{_WITHOUT_UNITS if config.optimiser == 'sgd' else ''}."
             )
         if record.syn_lr <= 0:
             raise Diverged(
                 f"step {step}: eta became {record.syn_lr:g}, and a learning rate must stay above "
-                f"0. Lower distill.lr_lr={config.lr_lr:g}, or raise lr_init={config.lr_init:g}."
+                f"0. Lower distill.lr_lr={config.lr_lr:g}, or raise lr_init={config.lr_init:g}"
+                f"{_WITHOUT_UNITS}."
             )
         yield state, record
 
@@ -347,37 +488,90 @@ def draw_inner_steps(
 
 
 def _descend(config: DistillConfig, state: DistillState, step: int, result: Match) -> DistillState:
-    images, image_velocity = sgd_step(
-        state.images,
-        result.grad_images,
-        state.image_velocity,
-        lr=config.lr_img,
-        momentum=config.momentum,
+    descent = _rmsprop if config.optimiser == "rmsprop" else _sgd
+    new = descent(config, replace(state, step=step), result)
+    beta = config.ema_decay_at(step)
+    return replace(
+        new,
+        ema_images=ema(state.ema_images, new.images, beta),
+        ema_labels=new.labels
+        if result.grad_labels is None
+        else ema(state.ema_labels, new.labels, beta),
     )
-    syn_lr, lr_velocity = sgd_step(
-        state.syn_lr, result.grad_lr, state.lr_velocity, lr=config.lr_lr, momentum=config.momentum
-    )
-    labels, label_velocity, ema_labels = state.labels, None, state.labels
+
+
+def _sgd(config: DistillConfig, state: DistillState, result: Match) -> DistillState:
+    """``state`` after the paper's descent of L."""
+
+    def step(
+        value: Tensor, grad: Tensor, velocity: Tensor | None, rate: str
+    ) -> tuple[Tensor, Tensor | None]:
+        lr, momentum = config.rate(rate), config.momentum
+        return sgd_step(value, grad, velocity, lr=lr, momentum=momentum)
+
+    images, image_velocity = step(state.images, result.grad_images, state.image_velocity, "lr_img")
+    syn_lr, lr_velocity = step(state.syn_lr, result.grad_lr, state.lr_velocity, "lr_lr")
+    labels, label_velocity = state.labels, None
     if result.grad_labels is not None:
-        labels, label_velocity = sgd_step(
-            state.labels,
-            result.grad_labels,
-            state.label_velocity,
-            lr=config.lr_label or 1.0,
-            momentum=config.momentum,
+        labels, label_velocity = step(
+            state.labels, result.grad_labels, state.label_velocity, "lr_label"
         )
-        ema_labels = ema(state.ema_labels, labels, config.ema_decay)
     return replace(
         state,
-        step=step,
         images=images,
-        labels=labels,
-        syn_lr=syn_lr,
-        ema_images=ema(state.ema_images, images, config.ema_decay),
-        ema_labels=ema_labels,
         image_velocity=image_velocity,
-        label_velocity=label_velocity,
+        syn_lr=syn_lr,
         lr_velocity=lr_velocity,
+        labels=labels,
+        label_velocity=label_velocity,
+    )
+
+
+def _rmsprop(config: DistillConfig, state: DistillState, result: Match) -> DistillState:
+    """``state`` after a descent of log L without units."""
+
+    def step(
+        value: Tensor, grad: Tensor, memory: Descent, scale: Tensor | None, rate: str
+    ) -> tuple[Tensor, Descent]:
+        assert scale is not None
+        lr, momentum = scale * config.rate(rate), config.momentum
+        return rmsprop_step(
+            value, grad / result.loss, memory, step=state.step, lr=lr, momentum=momentum
+        )
+
+    images, of_images = step(
+        state.images,
+        result.grad_images,
+        Descent(state.image_velocity, state.image_square),
+        state.image_scale,
+        "lr_img",
+    )
+    syn_lr, lr_velocity = log_lr_step(
+        state.syn_lr,
+        result.grad_lr / result.loss,
+        state.lr_velocity,
+        lr=config.rate("lr_lr"),
+        momentum=config.momentum,
+    )
+    labels, of_labels = state.labels, Descent()
+    if result.grad_labels is not None:
+        labels, of_labels = step(
+            state.labels,
+            result.grad_labels,
+            Descent(state.label_velocity, state.label_square),
+            state.label_scale,
+            "lr_label",
+        )
+    return replace(
+        state,
+        images=images,
+        image_velocity=of_images.velocity,
+        image_square=of_images.square,
+        syn_lr=syn_lr,
+        lr_velocity=lr_velocity,
+        labels=labels,
+        label_velocity=of_labels.velocity,
+        label_square=of_labels.square,
     )
 
 

@@ -54,6 +54,22 @@ def matching_loss(end_P: Tensor, start_P: Tensor, target_P: Tensor) -> Tensor:
     return (end_P - target_P).square().sum() / (start_P - target_P).square().sum()
 
 
+def unroll(
+    gradients: Gradients,
+    start_P: Tensor,
+    images: Tensor,
+    labels: Tensor,
+    syn_lr: Tensor,
+    steps: Sequence[InnerStep],
+) -> list[Tensor]:
+    """theta_0 ... theta_N, without a graph."""
+    thetas = [start_P]
+    for step in steps:
+        _, grad_P = gradients.gradient(thetas[-1], *step.batch(images, labels))
+        thetas.append(thetas[-1] - syn_lr * grad_P)
+    return thetas
+
+
 def match_direct(
     gradients: Gradients,
     start_P: Tensor,
@@ -87,11 +103,7 @@ def match_rematerialised(
     steps: Sequence[InnerStep],
 ) -> Match:
     """The same gradient at constant memory: N vectors of P, and one step's graph."""
-    thetas = [start_P]
-    for step in steps:
-        _, grad_P = gradients.gradient(thetas[-1], *step.batch(images, labels))
-        thetas.append(thetas[-1] - syn_lr * grad_P)
-
+    thetas = unroll(gradients, start_P, images, labels, syn_lr, steps)
     end_P = thetas.pop()
     loss = matching_loss(end_P, start_P, target_P)
     lambda_P = 2 * (end_P - target_P) / (start_P - target_P).square().sum()

@@ -55,8 +55,26 @@ RULED_TOGETHER = (
         "distill.labels",
         "distill.lr_label",
     ),
+    (
+        "distill.optimiser",
+        "distill.lr_img",
+        "distill.lr_lr",
+        "distill.labels",
+        "distill.lr_label",
+        "distill.ema_decay",
+        "distill.ema_share",
+    ),
 )
 """Keys that a rule reads together; every other key is ruled by its own values alone."""
+
+DEFAULT_OF = {
+    "experts.rho": "experts.sharpness",
+    "distill.lr_img": "distill.optimiser",
+    "distill.lr_lr": "distill.optimiser",
+    "distill.lr_init": "distill.optimiser",
+    "distill.ema_decay": "distill.ema_share",
+}
+"""Keys whose default is another one's matter: where that is searched, points differ in it."""
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -206,10 +224,14 @@ class SweepConfig:
                 for k, v in asdict(getattr(self, section)).items()
             }
             if section in SEARCHED:
-                searched = {k: v for k, v in self.written[section].items() if is_dimension(v)}
-                if section == "experts" and "rho" not in self.written[section]:
-                    values["rho"] = None if self._searches("experts.sharpness") else values["rho"]
-                values |= searched
+                written = self.written[section]
+                searched = {k: v for k, v in written.items() if is_dimension(v)}
+                unsettled = (
+                    key.partition(".")[2]
+                    for key, other in DEFAULT_OF.items()
+                    if key.startswith(f"{section}.") and self._searches(other)
+                )
+                values |= {k: None for k in unsettled if k not in written} | searched
             out[section] = values
         return out
 

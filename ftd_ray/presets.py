@@ -44,6 +44,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     f"ftd-{data}-ipc{ipc}": {
         "experts.sharpness": "sam",
         "experts.rho": 0.01,
+        "distill.optimiser": "sgd",
         "distill.ipc": ipc,
         **dict(zip(_KEYS, row, strict=True)),
     }

@@ -784,6 +784,7 @@ def test_preset_is_the_published_row(line):
         "experts.sharpness": "sam",
         "experts.rho": 0.01,
         "experts.sharpness_weight": alpha,
+        "distill.optimiser": "sgd",
         "distill.ipc": int(name.rpartition("ipc")[2]),
         "distill.syn_steps": int(n),
         "distill.expert_epochs": int(m),

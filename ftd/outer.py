@@ -1,0 +1,88 @@
+"""The outer optimiser: how images, soft labels and eta descend the matching loss L.
+
+x = images (n, C, H, W), y = logits of soft labels (n, K), eta = the student's learning rate,
+mu = ``momentum``, k = outer step from 1, rms(a) = sqrt(mean(a^2)).
+
+``sgd`` is the paper's (MTT Alg. 1, FTD): SGD with momentum on L,
+
+    v <- mu v + dL/dx;  x <- x - lr_img v          likewise y with lr_label, eta with lr_lr
+
+whose learning rates have units: dL/dx and dL/deta scale with the loss, N, M, IPC, the resolution
+and the experts, so that rates which suit one configuration are fatal to the next.
+
+``rmsprop`` has rates without units. It descends log L, and eta = exp(u) cannot leave (0, inf):
+
+    g = (dL/dx) / L,  of each image by itself
+    s <- beta s + (1 - beta) rms(g)^2;  r = max(sqrt(s / (1 - beta^k)), rms(g))
+    v <- mu v + g / r;  x <- x - lr_img sigma v    likewise y with lr_label
+    h = clip(eta (dL/deta) / L, -4, 4)
+    v <- mu v + h;  u <- u - lr_lr v
+
+This is RMSProp with momentum (Tieleman & Hinton, 2012; torch.optim.RMSprop) with one running mean
+square an image (as Adam-mini's blocks, Zhang et al., ICLR 2025), corrected for its start as Adam's
+(Kingma & Ba, ICLR 2015). sigma is the standard deviation of the pixels in network space (of the
+first logits for y), so ``lr_img`` is the change of an image in one step, in standard deviations,
+and at most that: the maximum in r keeps a gradient that grows suddenly from a leap. d log L /
+d log eta has no unit to begin with and vanishes where eta is right, so it is clipped only.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ftd.expert import sgd_step
+
+OPTIMISERS = ("sgd", "rmsprop")
+
+SQUARE_DECAY = 0.9
+"""beta of the running mean squares."""
+
+LOG_LR_CLIP = 4.0
+"""At most so much of d log L / d log eta counts."""
+
+
+@dataclass(frozen=True, eq=False)
+class Descent:
+    """What the optimiser remembers of one tensor of images or logits."""
+
+    velocity: Tensor | None = None
+    square: Tensor | None = None
+    """(n,) running mean square of each image's gradient; of ``rmsprop``."""
+
+
+def rmsprop_step(
+    values: Tensor,
+    grad: Tensor,
+    memory: Descent,
+    *,
+    step: int,
+    lr: float | Tensor,
+    momentum: float,
+) -> tuple[Tensor, Descent]:
+    """One step of ``rmsprop`` for values (n, ...): the new values, and what to remember.
+
+    ``grad`` is that of log L; ``step`` counts from 1; ``lr`` is sigma times the learning rate.
+    """
+    now = grad.square().flatten(1).mean(1)
+    before = torch.zeros_like(now) if memory.square is None else memory.square
+    square = SQUARE_DECAY * before + (1 - SQUARE_DECAY) * now
+    largest = torch.maximum(square / (1 - SQUARE_DECAY**step), now).sqrt()
+    scale = torch.where(largest > 0, largest, 1.0)  # an image that no student step has seen yet
+    scaled = grad / scale.view(-1, *[1] * (grad.ndim - 1))
+    values, velocity = sgd_step(values, scaled, memory.velocity, lr=lr, momentum=momentum)
+    return values, Descent(velocity, square)
+
+
+def log_lr_step(
+    syn_lr: Tensor,
+    grad: Tensor,
+    velocity: Tensor | None,
+    *,
+    lr: float,
+    momentum: float,
+) -> tuple[Tensor, Tensor | None]:
+    """One step of ``rmsprop`` for eta = exp(u); ``grad`` is that of log L with respect to eta."""
+    slope = (syn_lr * grad).clamp(-LOG_LR_CLIP, LOG_LR_CLIP)
+    change, velocity = sgd_step(torch.zeros_like(syn_lr), slope, velocity, lr=lr, momentum=momentum)
+    return syn_lr * change.exp(), velocity
