@@ -6,6 +6,7 @@ Flags carry the names of the configuration keys, as in ``--experts.rho 0.01``.
 import argparse
 import os
 import sys
+import time
 import types
 import typing
 from collections.abc import Sequence
@@ -19,6 +20,8 @@ from pyarrow import fs as pafs
 from ftd import __version__
 from ftd.backends import BACKENDS, gradients_for
 from ftd.data import DatasetConfig, describe, load
+from ftd.data.dataset import Description
+from ftd.data.inspection import listed
 from ftd.distill import DistillConfig, DistillState, distill
 from ftd.errors import Diverged, UserError
 from ftd.evaluate import EvaluateConfig, Protocol, evaluate, evaluate_random_real
@@ -26,6 +29,9 @@ from ftd.expert import ExpertConfig, Numerics, identity, network_for, train_expe
 from ftd.native import unavailable
 from ftd.synthetic import SyntheticSet
 from ftd.trajectory import ExpertSet
+
+PROGRESS_SECONDS = 5
+"""Between two lines of a pass over images."""
 
 SECTIONS: dict[str, type] = {
     "dataset": DatasetConfig,
@@ -58,7 +64,7 @@ def run_experts(args: argparse.Namespace) -> int:
     numerics = _numerics(args)
     device = _device(numerics)
     config = _section(args, "experts")
-    network_for(config.network, describe(_section(args, "dataset")))
+    network_for(config.network, _described(args))
     data = load(_section(args, "dataset"), device)
     who = identity(config, data.description, data.strategy, numerics)
     store = ExpertSet(_local(), str(Path(args.out).resolve()), who)
@@ -93,7 +99,7 @@ def run_distill(args: argparse.Namespace) -> int:
     device = _device(numerics)
     config, settings = _section(args, "distill"), _section(args, "evaluate")
     store = ExpertSet(_local(), str(Path(args.experts).resolve()))
-    description = describe(_section(args, "dataset"))
+    description = _described(args)
     trained_on = store.identity["data"]
     if trained_on["fingerprint"] != description.fingerprint:
         raise UserError(
@@ -169,6 +175,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
     if args.networks < 1:
         raise UserError(f"--networks {args.networks} must be at least 1.")
     synthetic = SyntheticSet.load(args.file)
+    _described(args)
     data = load(_section(args, "dataset"), device)
     if synthetic.class_names != data.description.class_names:
         raise UserError(
@@ -286,7 +293,9 @@ def _add_section(parser: argparse.ArgumentParser, section: str) -> None:
         kind = kinds[0] if kinds else hints[f.name]
         flag = f"--{section}.{f.name}"
         required = f.default is MISSING
-        if kind is bool:
+        if typing.get_origin(kind) is dict:
+            group.add_argument(flag, type=_mapping, default=None, metavar="KEY=VALUE,...")
+        elif kind is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None)
         else:
             group.add_argument(
@@ -299,6 +308,13 @@ def _add_section(parser: argparse.ArgumentParser, section: str) -> None:
             )
 
 
+def _mapping(text: str) -> dict[str, str]:
+    pairs = [pair.partition("=") for pair in text.split(",")]
+    if not all(key and equals and value for key, equals, value in pairs):
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE,KEY=VALUE")
+    return {key.strip(): value.strip() for key, _, value in pairs}
+
+
 def _section(args: argparse.Namespace, section: str) -> Any:
     given = {
         f.name: value
@@ -306,6 +322,22 @@ def _section(args: argparse.Namespace, section: str) -> Any:
         if (value := getattr(args, f"{section}.{f.name}")) is not None
     }
     return SECTIONS[section](**given)
+
+
+def _described(args: argparse.Namespace) -> Description:
+    """What the data set is; a pass over its images says now and then how far it is."""
+    told = time.monotonic()
+
+    def progress(done: int, total: int) -> None:
+        nonlocal told
+        if time.monotonic() - told > PROGRESS_SECONDS and done < total:
+            told = time.monotonic()
+            print(f"images {done}/{total} read", file=sys.stderr, flush=True)
+
+    description = describe(_section(args, "dataset"), progress)
+    if left_out := description.unreadable:
+        print(f"left out {len(left_out)} unreadable images: {listed(left_out)}", file=sys.stderr)
+    return description
 
 
 def _numerics(args: argparse.Namespace) -> Numerics:

@@ -357,7 +357,7 @@ def _check_keys(tree: dict[str, Any]) -> None:
         names = [f.name for f in fields(SECTIONS[key])]
         for name, inner in (value or {}).items():
             _check_key(str(name), names, f"{key}.")
-            if isinstance(inner, dict) and key not in SEARCHED:
+            if isinstance(inner, dict) and key not in SEARCHED and not _is_mapping(key, name):
                 raise UserError(
                     f"{key}.{name} cannot be searched; only keys of experts and distill can. "
                     "Give one value."
@@ -367,6 +367,12 @@ def _check_keys(tree: dict[str, Any]) -> None:
         missing = [r for r in required if r not in (tree.get(section) or {})]
         if missing:
             raise UserError(f"{section}.{missing[0]} is missing. Set it.")
+
+
+def _is_mapping(section: str, name: str) -> bool:
+    """Whether the value of a key is a mapping by its type."""
+    hint = typing.get_type_hints(SECTIONS[section])[name]
+    return any(typing.get_origin(t) is dict for t in typing.get_args(hint))
 
 
 def _check_key(key: str, valid: typing.Sequence[str], prefix: str) -> None:

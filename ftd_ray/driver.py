@@ -22,6 +22,7 @@ from ftd_ray.config import SweepConfig
 from ftd_ray.experts.client import BrokerClient
 from ftd_ray.experts.orders import Urgency
 from ftd_ray.final import FinalEvaluation
+from ftd_ray.mended import other_images
 from ftd_ray.pictures import short_names
 from ftd_ray.plan import Plan
 from ftd_ray.presets import start_points
@@ -137,6 +138,10 @@ class Sweep:
 
     def _open(self) -> None:
         config = self.config
+        anew = other_images(config.output_dir, self.plan.data.fingerprint)
+        if anew is not None:
+            anew.check()
+            anew.set_aside()
         write_bytes(join(config.output_dir, "sweep.yaml"), self._text.encode())
         self.study = SweepStudy(
             config.output_dir,
@@ -153,12 +158,8 @@ class Sweep:
                 "cpu_seconds": config.resources.cpus_per_trial,
             },
         )
-        data = self.study.recall("data")
-        if data not in (None, self.plan.data.fingerprint):
-            raise UserError(
-                f"{config.output_dir} was started on other images (fingerprint {data[:8]}; now "
-                f"{self.plan.data.fingerprint[:8]}). Restore them, or give another output.dir."
-            )
+        for key, value in (anew.remembered if anew is not None else {}).items():
+            self.study.remember(key, value)
         self.study.remember("data", self.plan.data.fingerprint)
         self._usage.renew()
         self._seconds_before = float(self.study.recall("seconds") or 0.0)
@@ -183,6 +184,8 @@ class Sweep:
         )
         self.study.remember("mlflow_run", self.tracker.parent_id)
         self.study.sync(force=True)
+        if anew is not None:
+            self.tracker.drop_trials()
         self.tracker.reconcile(ended, lambda t: self.plan.expert_set(t.params))
         self.tracker.log_text(self._text, "sweep.yaml")
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from ftd.data import FRACTIONS
 from ftd.errors import UserError
 from ftd.expert import Numerics
 from ftd_ray.config import SweepConfig, parse_config
@@ -19,6 +20,7 @@ CHANGEABLE = (
     "search.trials", "search.concurrency", "search.max_hours", "search.max_gpu_hours",
     "search.finalists", "resources", "tracking", "output",
     "store.uri", "store.cache_mb", "dataset.root", "dataset.download",
+    "dataset.columns", "dataset.on_unreadable",
 )  # fmt: skip
 """What a resumed sweep may have otherwise than the saved one."""
 
@@ -98,6 +100,10 @@ def check_same(saved: dict[str, Any], config: SweepConfig) -> list[str]:
                 f"{numerics.threads} ({numerics.backend}). Resume with the same "
                 f"resources.*_per_{kind} and {kind}_backend, or give another output.dir."
             )
+    for key, value in FRACTIONS.items():  # None is another way to write the default
+        for side in (before, after):
+            if side.get(f"dataset.{key}") is None:
+                side[f"dataset.{key}"] = value
     changed = {k for k in {*before, *after} if before.get(k) != after.get(k)}
     allowed = {k for k in changed if any(k == c or k.startswith(f"{c}.") for c in CHANGEABLE)}
     if refused := sorted(changed - allowed):

@@ -6,12 +6,13 @@ import shutil
 from dataclasses import dataclass
 from typing import Any
 
-from ftd.data import describe
+from ftd.data import Progress, describe
 from ftd.data.dataset import Description
 from ftd.expert import ExpertConfig, Numerics, network_for, set_key
 from ftd.native import unavailable
 from ftd.trajectory import PART_EPOCHS, DamagedError, ExpertSet
 from ftd_ray.config import SweepConfig
+from ftd_ray.dataplan import data_lines
 from ftd_ray.earlier import Earlier
 from ftd_ray.pictures import short_names
 from ftd_ray.presets import StartPoint, start_points
@@ -125,12 +126,7 @@ class Plan:
         return "\n".join(lines)
 
     def _data_lines(self) -> list[str]:
-        d = self.data
-        return [
-            f"sweep      {self.config.name}",
-            f"data       {d.name}, {d.channels} x {d.resolution} x {d.resolution}, "
-            f"{d.classes} classes; {d.sizes[0]} train, {d.sizes[1]} validation, {d.sizes[2]} test",
-        ]
+        return [f"sweep      {self.config.name}", *data_lines(self.data)]
 
     def _search_lines(self) -> list[str]:
         s = self.config.search
@@ -209,9 +205,12 @@ def _deviations(point: StartPoint) -> str:
     return f", with {', '.join(here)}" if here else ""
 
 
-def make_plan(config: SweepConfig) -> Plan:
-    """Looks at the data set and the store. Raises UserError when the space does not fit them."""
-    data = describe(config.dataset)
+def make_plan(config: SweepConfig, progress: Progress | None = None) -> Plan:
+    """Looks at the data set and the store. Raises UserError when the space does not fit them.
+
+    The first time it looks at every image, and tells ``progress``.
+    """
+    data = describe(config.dataset, progress)
     config.check_against(data)
     store = TrajectoryStore(config.store.uri)
     sets: dict[str, PlannedSet] = {}

@@ -366,11 +366,27 @@ def has_begun(folder: str) -> bool:
     return kept is not None and b'"begun"' in kept
 
 
+@dataclass(frozen=True)
+class Begun:
+    """A study as its journal says."""
+
+    ended: list[Ended]
+    interrupted: int
+    """Trials that have begun and are not over."""
+    remembered: dict[str, Any]
+
+
 def read_study(folder: str) -> tuple[list[Ended], Any] | None:
     """The trials of a sweep and the fingerprint of its images, from a copy; None without a study.
 
     The sweep may be under way.
     """
+    begun = read_begun(folder)
+    return None if begun is None else (begun.ended, begun.remembered.get("data"))
+
+
+def read_begun(folder: str) -> Begun | None:
+    """The study of a sweep, from a copy; None without one."""
     kept = read_bytes(join(folder, STUDY_FILE))
     if kept is None:
         return None
@@ -391,7 +407,11 @@ def read_study(folder: str) -> tuple[list[Ended], Any] | None:
     own = [t for t in trials if EARLIER not in t.user_attrs]
     offset = len(trials) - len(own)
     names = attrs.get("objectives", ["accuracy"])
-    return [_ended(t, offset, names) for t in own if t.state in ENDED], attrs.get("data")
+    return Begun(
+        ended=[_ended(t, offset, names) for t in own if t.state in ENDED],
+        interrupted=sum(t.state is TrialState.RUNNING for t in own),
+        remembered=dict(attrs),
+    )
 
 
 class _Journal:

@@ -23,11 +23,13 @@ __all__ = [
     "files_below",
     "is_local",
     "join",
+    "move_file",
     "open_uri",
     "place_error",
     "probe",
     "put",
     "read_bytes",
+    "remove_file",
     "remove_tree",
     "write_bytes",
 ]
@@ -248,6 +250,19 @@ def files_below(uri: str) -> list[str]:
     selector = pafs.FileSelector(path, recursive=True, allow_not_found=True)
     found = (i.path for i in filesystem.get_file_info(selector) if i.type == pafs.FileType.File)
     return sorted(p.removeprefix(path).lstrip("/") for p in found)
+
+
+def remove_file(uri: str) -> None:
+    """Removes a file, if it is there."""
+    filesystem, path = open_uri(uri)
+    if filesystem.get_file_info(path).type == pafs.FileType.File:
+        filesystem.delete_file(path)
+
+
+def move_file(uri: str, to: str) -> None:
+    """Gives a file another name in the same place, where it replaces what is there."""
+    filesystem, path = open_uri(uri)
+    filesystem.move(path, open_uri(to)[1])
 
 
 def remove_tree(uri: str) -> None:

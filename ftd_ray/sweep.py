@@ -20,7 +20,9 @@ from ftd_ray.command import check_room, exit_code, open_tracker, reachable, swee
 from ftd_ray.config import SweepConfig, load_config
 from ftd_ray.earlier import read_earlier
 from ftd_ray.folder import check_same, finished_summary, only_one, saved_sweep
+from ftd_ray.mended import other_images
 from ftd_ray.plan import Plan, lacking, lacking_compiler, machine_resources, make_plan
+from ftd_ray.reading import reading
 from ftd_ray.results import result_text
 from ftd_ray.search import has_begun
 from ftd_ray.signals import signals
@@ -40,10 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(args: argparse.Namespace, console: Console) -> int:
     config = load_config(args.file, args.overrides)
     address = args.address or os.environ.get("RAY_ADDRESS")
-    with reachable(config):
-        plan = make_plan(config)
+    with reachable(config), reading(console) as progress:
+        plan = make_plan(config, progress)
         saved = saved_sweep(config.output_dir)
-        if config.search.warm_start is not None and not has_begun(config.output_dir):
+        anew = other_images(config.output_dir, plan.data.fingerprint) if args.resume else None
+        begun = anew is None and has_begun(config.output_dir)
+        if config.search.warm_start is not None and not begun:
             plan = replace(plan, earlier=read_earlier(config, plan.data))
     if saved is not None and not args.resume and not args.dry_run:
         raise UserError(
@@ -53,11 +57,15 @@ def _main(args: argparse.Namespace, console: Console) -> int:
     changes: list[str] = []
     if saved is not None and args.resume:
         changes = check_same(saved, config)
-        if (summary := finished_summary(config)) is not None:
+        summary = finished_summary(config)
+        if summary is not None and (anew is None or anew.measured):
             if summary["mlflow"].get("waiting"):
                 _send_late(config, plan, summary, console)
             console.print(result_text(summary, config.space), soft_wrap=True, markup=False)
             return 0 if summary["state"] == "done" else 1
+    if anew is not None:
+        anew.check()
+        changes.append(str(anew))
     probe(config.output_dir, "output.dir")
     probe(config.store.uri, "store.uri")
     tracker = open_tracker(config, dry_run=args.dry_run)

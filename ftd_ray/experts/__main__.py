@@ -15,6 +15,7 @@ from rich.console import Console
 from ftd_ray.command import check_room, exit_code, open_tracker, reachable, sweep_parser
 from ftd_ray.config import load_config
 from ftd_ray.plan import lacking, lacking_compiler, machine_resources, make_plan
+from ftd_ray.reading import reading
 from ftd_ray.signals import signals
 from ftd_ray.storage import probe
 
@@ -31,8 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(args: argparse.Namespace, console: Console) -> int:
     config = load_config(args.file, args.overrides)
     address = args.address or os.environ.get("RAY_ADDRESS")
-    with reachable(config):
-        plan = make_plan(config)
+    with reachable(config), reading(console) as progress:
+        plan = make_plan(config, progress)
     probe(config.store.uri, "store.uri")
     tracker = open_tracker(config, dry_run=args.dry_run)
     missing = []

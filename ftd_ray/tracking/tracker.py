@@ -152,6 +152,13 @@ class Tracker:
             self._outbox.put(partial(self._runs.delete, run_id))
         self._found, self._twins = {}, []
 
+    def drop_trials(self) -> None:
+        """Deletes the runs of the trials that an interrupted sweep left: it begins anew."""
+        for number, run in self._found.items():
+            del self._runs.known[number]
+            self._outbox.put(partial(self._runs.delete, run.info.run_id))
+        self._found = {}
+
     def trials_path(self) -> str:
         """Where a browser finds the sweep's trials as charts, below the server's address."""
         return trials_path(self.experiment_id, self.parent_id)
