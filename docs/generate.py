@@ -51,6 +51,28 @@ A dimension may exist only where others have certain values, and has its default
 `when` maps keys of other dimensions (`experts.sharpness`, or `sharpness` within the same section)
 to a value or a list of values; all of them must hold.
 
+## Images
+
+`imagefolder` takes folders as `CLASS/...`, or `train/CLASS/...` beside `valid/` and `test/`;
+`parquet` takes files named `train-*`, `validation-*` and `test-*`. A part may also be called
+`training`, `val`, `valid`, `validation`, `dev` or `testing`. A part that is given is used as it is.
+One that is not is held out of train, class by class: test first, then validation of the rest.
+`imagenette` alone, as its papers do, takes its validation part for test where there is no test
+part. The plan says what was done, and how many images of each class are where.
+
+Images in folders below a class folder are of that class, and links are followed. Hidden files,
+`__MACOSX`, files that are no images by their names and folders without an image are passed over.
+
+Before anything else starts, every image is decoded, once, by all cores; a dry run does so too. The
+pixels and what was found stay in `$FTD_CACHE`. Images are turned as their EXIF says, laid over
+white where they are transparent, made RGB (grey, palette, CMYK), cut to a square in the middle and
+resized. 16-bit values are white at 65535, floats at 1; values outside are not guessed at, and the
+file counts as unreadable. Of an animation or of several pages the first is taken. A data set of
+grey images has three equal channels.
+
+Files that cannot be read are listed with their names and reasons. With `on_unreadable: skip` they
+are left out, as if they had been deleted.
+
 ## Samplers, pruners and what they can do
 
 | sampler | learns | not with |
@@ -97,7 +119,11 @@ is evaluated, and the summary says `stopped_by`. Trials under way count as inter
 larger budget, `--resume` goes on with them. Experts count once, in the sweep that had them built.
 
 **What may change on `--resume`:** the number of trials, the concurrency, budgets, finalists,
-resources (with the same threads and devices), and where things are. Anything else is refused.
+resources (with the same threads and devices), where things are, `dataset.columns` and
+`dataset.on_unreadable`. Anything else is refused. Where the images have changed since the sweep
+began, for instance because a damaged one was removed, accuracies before and after cannot be
+compared: if no trial is complete or pruned, the search begins anew on them and says so (the old
+journal stays in the folder as `study.journal.*`); otherwise the sweep is refused.
 """
 
 TAIL = """\

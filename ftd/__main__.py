@@ -21,7 +21,7 @@ from ftd import __version__
 from ftd.backends import BACKENDS, gradients_for
 from ftd.data import DatasetConfig, describe, load
 from ftd.data.dataset import Description
-from ftd.data.inspection import listed
+from ftd.data.unreadable import listed
 from ftd.distill import DistillConfig, DistillState, distill
 from ftd.errors import Diverged, UserError
 from ftd.evaluate import EvaluateConfig, Protocol, evaluate, evaluate_random_real

@@ -4,7 +4,7 @@ import math
 from statistics import median
 
 from ftd.data.dataset import Description
-from ftd.data.inspection import listed
+from ftd.data.unreadable import listed
 
 CLASSES_NAMED = 12
 """Classes whose counts stand in the plan one by one; of more only the extremes do."""
@@ -47,8 +47,8 @@ def _classes_text(d: Description) -> str:
     train, val, test = d.counts
     if d.classes <= CLASSES_NAMED:
         each = zip(d.class_names, train, val, test, strict=True)
-        named = ", ".join(f"{name} {a} / {b} / {c}" for name, a, b, c in each)
-        return f"{named} (train / validation / test)"
+        named = ", ".join(f"{name}: {a}/{b}/{c}" for name, a, b, c in each)
+        return f"train/validation/test of {named}"
     parts = []
     for what, counts in (("train", train), ("validation", val), ("test", test)):
         low, high = min(counts), max(counts)

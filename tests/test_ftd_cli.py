@@ -1,11 +1,14 @@
 """python -m ftd: experts, distill, evaluate, export, one after the other on digits."""
 
+import io
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -97,6 +100,33 @@ def test_evaluate_prints_the_set_beside_random_real_images(
     assert len(lines) == 2
     assert lines[0].startswith("distilled") and f"({split}, 2 networks)" in lines[0]
     assert lines[1].startswith("random real") and "same protocol, learning rate" in lines[1]
+
+
+def test_images_of_parquet_are_read_by_the_columns_that_flags_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = []
+    for i in range(24):
+        buffer = io.BytesIO()
+        Image.fromarray(np.full((8, 8, 3), 10 * i, np.uint8)).save(buffer, "PNG")
+        rows.append({"img": {"bytes": buffer.getvalue()}, "kind": i % 2})
+    rows[5]["img"]["bytes"] = b""
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "train-0.parquet")
+    flags = ["experts", "--dataset.name", "parquet", "--dataset.root", str(tmp_path)]
+    flags += ["--dataset.resolution", "8", "--experts.network", "ConvNetD1W8"]
+    flags += ["--experts.count", "1", "--experts.epochs", "1", "--out", str(tmp_path / "experts")]
+    assert call(flags) == 2
+    assert "its columns are img, kind" in capsys.readouterr().err
+    columns = ["--dataset.columns", "image=img,label=kind"]
+    assert call(flags, columns) == 2
+    assert "train-0.parquet, row 5 (empty file)" in capsys.readouterr().err
+    assert call(flags, columns, "--dataset.on_unreadable", "skip") == 0
+    said = capsys.readouterr()
+    assert "1 experts in" in said.out
+    assert "left out 1 unreadable images: train-0.parquet, row 5 (empty file)" in said.err
+    with pytest.raises(SystemExit):
+        call(flags, "--dataset.columns", "img")
+    assert "'img' is not KEY=VALUE" in capsys.readouterr().err
 
 
 def test_export_writes_a_picture_and_a_folder(

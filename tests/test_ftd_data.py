@@ -142,12 +142,12 @@ def test_a_class_without_a_training_image_is_refused_by_name(tmp_path: Path, cac
     make_folder(tmp_path / "data", "test", {"cat": 1, "dog": 1})
     with pytest.raises(UserError, match="class 'dog' has 1 image, and a class needs 2 or more"):
         describe(DatasetConfig(name="imagefolder", root=str(tmp_path / "data"), resolution=8))
-    config = DatasetConfig(
-        name="imagefolder", root=str(tmp_path / "data"), resolution=8, val_fraction=0.9
-    )
-    make_folder(tmp_path / "data", "train", {"cow": 3})
-    make_folder(tmp_path / "data", "test", {"cow": 1})
-    picture(9).save(tmp_path / "data/train/dog/more.png")
+
+
+def test_a_fraction_that_leaves_no_training_image_is_named(tmp_path: Path, cache: Path) -> None:
+    make_folder(tmp_path / "data", "train", {"cat": 4, "dog": 20})
+    make_folder(tmp_path / "data", "test", {"cat": 1, "dog": 1})
+    config = folder_config(tmp_path / "data", val_fraction=0.9)
     with pytest.raises(UserError, match=r"'cat' has no training image.*val_fraction=0\.9"):
         describe(config)
 

@@ -69,10 +69,19 @@ def test_all_that_may_change_is_returned_as_before_and_now():
     )
 
 
+def test_what_is_read_of_images_may_change():
+    images = {"name": "parquet", "root": "/a", "resolution": 8}
+    now = images | {"columns": {"image": "img"}, "on_unreadable": "skip"}
+    assert check_same(saved(dataset=images), parse_tiny(dataset=now)) == [
+        "dataset.columns: None -> {'image': 'img'}",
+        "dataset.on_unreadable: fail -> skip",
+    ]
+
+
 def test_a_budget_of_gpus_and_where_images_lie_may_change():
     base = {"dataset": {"name": "cifar10", "root": "/a"}, "resources__gpus_per_trial": 1}
     now = parse_tiny(
-        dataset={"name": "cifar10", "root": "/b", "download": True},
+        dataset={"name": "cifar10", "root": "/b", "download": True, "val_fraction": 0.1},
         resources__gpus_per_trial=0.5,
         search__max_gpu_hours=2,
     )
@@ -163,6 +172,18 @@ def test_sweep_of_before_a_key_was_there_had_its_default():
     assert check_same(old, parse_tiny()) == []
     with pytest.raises(UserError, match=r"search\.repeats=1.*search\.repeats=2"):
         check_same(old, parse_tiny(search__repeats=2))
+
+
+def test_shares_that_stood_in_older_sweeps_are_the_defaults_of_now():
+    old = saved()
+    del old["dataset"]["val_fraction"], old["dataset"]["columns"], old["dataset"]["on_unreadable"]
+    digits = {"name": "digits"}
+    assert (
+        check_same(old | {"dataset": digits | {"val_fraction": 0.1}}, parse_tiny(dataset=digits))
+        == []
+    )
+    with pytest.raises(UserError, match=r"dataset\.val_fraction=0\.15, and now .*=0\.1\."):
+        check_same(saved(), parse_tiny(dataset=digits))
 
 
 def test_sweep_of_before_there_were_backends_was_eager():

@@ -8,10 +8,11 @@ says which are train, validation and test; ``normalise`` maps pixels to network 
 
 from ftd.data.config import FRACTIONS, DatasetConfig
 from ftd.data.dataset import Dataset, Sender, Split, describe, load, open_arrays
-from ftd.data.inspection import Inspection, Unreadable, inspect
+from ftd.data.inspection import Inspection, inspect
 from ftd.data.normalise import Normalisation
 from ftd.data.registry import DATASETS
 from ftd.data.survey import Progress
+from ftd.data.unreadable import Unreadable
 
 __all__ = [
     "DATASETS", "FRACTIONS", "Dataset", "DatasetConfig", "Inspection", "Normalisation", "Progress",

@@ -48,7 +48,7 @@ def write_text(name: str, text: str) -> Path:
     _make_dir(path.parent)
     try:
         handle, temporary = tempfile.mkstemp(dir=path.parent)
-        with os.fdopen(handle, "w", encoding="utf-8", errors="surrogateescape") as f:
+        with os.fdopen(handle, "w", encoding="utf-8") as f:
             f.write(text)
         os.replace(temporary, path)
     except OSError as error:

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from ftd.data.cache import cached_arrays
 from ftd.data.config import DatasetConfig
-from ftd.data.inspection import Unreadable, check_readable, unreadable_of
 from ftd.data.normalise import Normalisation, check_zca, fit_standard, fit_zca
 from ftd.data.registry import DATASETS
 from ftd.data.sources import Source
 from ftd.data.splits import Indices, fractions, split
 from ftd.data.survey import Facts, Progress, decode_into, pixel_key, survey
+from ftd.data.unreadable import Unreadable, check_readable, unreadable_of
 from ftd.errors import UserError
 
 Counts = tuple[int, ...]
@@ -251,7 +251,12 @@ def _split(config: DatasetConfig, facts: Facts) -> tuple[np.ndarray, Indices]:
     """Labels, and the positions of train, validation and test, each in ascending order."""
     labels = np.asarray(facts["labels"], np.int64)
     parts = np.asarray(facts["parts"], np.int64)
-    return labels, split(config, labels, parts, tuple(facts["class_names"]))
+    try:
+        return labels, split(config, labels, parts, tuple(facts["class_names"]))
+    except UserError as error:
+        if left_out := len(facts["unreadable"]):
+            raise UserError(f"{error} (Unreadable images, left out: {left_out}.)") from error
+        raise
 
 
 def _decode(

@@ -95,12 +95,14 @@ def _decode(picture: Image.Image, resolution: int | None) -> Decoded:
     elif picture.has_transparency_data:
         picture, clear = _over_white(picture)
     picture = picture.convert("RGB")
+    name = hashlib.sha256(repr(picture.size).encode())
+    name.update(picture.tobytes())
     return Decoded(
         pixels=None if resolution is None else to_array(picture, 3, resolution),
         size=size,
         grey=grey,
         special=wide or clear or turn is not None,
-        digest=hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).digest(),
+        digest=name.digest(),
     )
 
 

@@ -69,23 +69,25 @@ def source_of_folder(
             files += classes[part][name]
             labels += [names.index(name)] * len(classes[part][name])
             parts += [part] * len(classes[part][name])
-    shown = [f.relative_to(root).as_posix() for f in files]
+    paths = [f.relative_to(root).as_posix() for f in files]
 
     def digest(hashes: Sequence[bytes | None]) -> str:
         contents = hashlib.sha256()
-        for where, content in zip(shown, hashes, strict=True):
+        for path, content in zip(paths, hashes, strict=True):
             if content is not None:
-                contents.update(os.fsencode(where) + b"\0" + content)
+                contents.update(os.fsencode(path) + b"\0" + content)
         return contents.hexdigest()
 
     return Source(
         labels=np.asarray(labels, np.int64),
         parts=np.asarray(parts),
-        class_names=tuple(names),
+        class_names=tuple(map(_text, names)),
         channels=3,
         native_resolution=None,
         digest=digest,
-        files=lambda: (ImageFile(s, f.read_bytes) for s, f in zip(shown, files, strict=True)),
+        files=lambda: (
+            ImageFile(_text(p), f.read_bytes) for p, f in zip(paths, files, strict=True)
+        ),
         stats=stats,
         unused=(*_loose(root, folders.values()), *_others(root, folders.values())),
     )
@@ -165,6 +167,11 @@ def _others(root: Path, folders: Collection[Path]) -> Iterator[str]:
 
 def _is_image(name: str) -> bool:
     return Path(name).suffix.lower() in SUFFIXES
+
+
+def _text(name: str) -> str:
+    """A name of the disk as text that can be written; bytes that are none show as escapes."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _shown(folder: Path, root: Path) -> str:

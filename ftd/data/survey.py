@@ -105,6 +105,7 @@ def decode_into(
 
 def _pass(config: DatasetConfig, source: Source, progress: Progress | None) -> tuple[Facts, Report]:
     """Looks at every image, and keeps what it found."""
+    key = _stamp(config)  # only now: to open a source may download it
     if source.files is None or config.resolution is None:
         facts, found = _look(source, config.resolution, None, progress)
     else:
@@ -112,7 +113,7 @@ def _pass(config: DatasetConfig, source: Source, progress: Progress | None) -> t
         shape = (source.channels, resolution, resolution)
         with growing_array(shape, lambda: pixel_key(facts, resolution)) as array:
             facts, found = _look(source, resolution, array, progress)
-    if (key := _stamp(config)) is not None:  # only now: a download changes it
+    if key is not None:
         write_json(f"{key}-images", found)
         write_json(key, facts)
     return facts, found

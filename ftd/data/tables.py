@@ -63,8 +63,7 @@ def source_of_tables(
                 )
             column = pq.read_table(f, columns=[label]).column(label)
         except (pa.ArrowException, OSError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{f} cannot be read ({reason}). Fetch it again.") from error
+            raise _damaged(f, error) from error
         labels.append(_values(column, f, label))
         columns.append((image, label))
         names = names or _huggingface_names(schema, label)
@@ -86,11 +85,14 @@ def source_of_tables(
     def images() -> Iterator[ImageFile]:
         for (_, f), (image, _) in zip(used, columns, strict=True):
             row = 0
-            for batch in pq.ParquetFile(f).iter_batches(batch_size=256, columns=[image]):
-                cells = batch.column(0)
-                for cell in cells.field("bytes") if pa.types.is_struct(cells.type) else cells:
-                    yield ImageFile(f"{f.name}, row {row}", partial(_bytes_of, cell))
-                    row += 1
+            try:
+                for batch in pq.ParquetFile(f).iter_batches(batch_size=256, columns=[image]):
+                    cells = batch.column(0)
+                    for cell in cells.field("bytes") if pa.types.is_struct(cells.type) else cells:
+                        yield ImageFile(f"{f.name}, row {row}", partial(_bytes_of, cell))
+                        row += 1
+            except (pa.ArrowException, OSError) as error:
+                raise _damaged(f, error) from error
 
     return Source(
         labels=joined,
@@ -103,6 +105,10 @@ def source_of_tables(
         stats=stats,
         unused=tuple(f.name for p, f in zip(parts, files, strict=True) if p is None),
     )
+
+
+def _damaged(file: Path, error: Exception) -> UserError:
+    return UserError(f"{file} cannot be read ({str(error).splitlines()[0]}). Fetch it again.")
 
 
 def _bytes_of(cell: Any) -> bytes:
