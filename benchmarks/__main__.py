@@ -29,6 +29,7 @@ PARTS = {
     "matching": Part("One matching step: the textbook version against ours", compared=True),
     "experts": Part("An expert's epoch: the textbook version against ours", compared=True),
     "evaluation": Part("Evaluation: the textbook version against ours", compared=True),
+    "outer": Part("The outer optimiser: one space for all data"),
     "limits": Part("What the machine can do"),
     "segments": Part("Reading segments of trajectories"),
     "precision": Part("Snapshots in fewer bits"),
@@ -72,9 +73,9 @@ def page(results: dict[str, Any]) -> str:
 def write_page(results: dict[str, Any]) -> None:
     """README.md, and the pictures that it shows."""
     (HERE / "README.md").write_text(page(results))
-    for name, part in PARTS.items():
+    for name in PARTS:
         record = results.get(name, {})
-        if part.compared and record.get("results", {}).get("curves"):
+        if record.get("results", {}).get("curves"):
             module(name).draw(record, HERE)
 
 

@@ -231,7 +231,7 @@ class SweepConfig:
                     for key, other in DEFAULT_OF.items()
                     if key.startswith(f"{section}.") and self._searches(other)
                 )
-                values |= {k: None for k in unsettled if k not in written} | searched
+                values |= {k: None for k in unsettled if written.get(k) is None} | searched
             out[section] = values
         return out
 

@@ -209,6 +209,11 @@ VARIANTS = {
     "batches": replace(SMALL, ipc=2, batch_syn=7),
     "no momentum": replace(SMALL, momentum=0.0),
     "noise": replace(SMALL, init="noise"),
+    "rmsprop": DistillConfig(syn_steps=4, iterations=6, optimiser="rmsprop"),
+    "rmsprop, soft labels, batches": DistillConfig(
+        ipc=2, batch_syn=7, syn_steps=4, iterations=6, optimiser="rmsprop", labels="soft"
+    ),
+    "an average of a share": replace(SMALL, ema_decay=None, ema_share=0.5),
 }
 variants = pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS.keys())
 

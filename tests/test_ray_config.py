@@ -957,6 +957,16 @@ ROUND_TRIPS = [
     {"distill__syn_steps": {"int": [1, 9], "step": 4}},
     {"search__grace": 2, "search__pruner": "asha"},
     {"distill__batch_syn": None},
+    {"distill__ema_decay": None, "distill__ema_share": 0.1},
+    {
+        "distill__optimiser": {"choice": ["sgd", "rmsprop"]},
+        "distill__lr_lr": None,
+        "distill__lr_img": {"choice": [0.02, 0.1], "when": {"optimiser": "rmsprop"}},
+    },
+    {
+        "distill__ema_decay": None,
+        "distill__ema_share": {"choice": [0.1, 0.2], "when": {"lr_img": 10}},
+    },
     {"store": {"uri": "s3://b/x", "precision": "bfloat16", "cache_mb": 1}},
     {"resources__gpus_per_expert": "auto"},
 ]
@@ -979,6 +989,41 @@ def test_resolved_configuration_of_a_searched_sharpness_without_rho_round_trips(
     config = parse_config(tree)
     again = parse_config(config.resolved())
     assert [c for _, c in again.expert_points()] == [c for _, c in config.expert_points()]
+
+
+def test_a_dimension_chooses_between_optimisers_each_with_rates_of_its_own():
+    config = parse_config(
+        tiny(
+            distill__optimiser={"choice": ["sgd", "rmsprop"]},
+            distill__lr_img={"choice": [0.02, 0.1], "when": {"optimiser": "rmsprop"}},
+            distill__lr_lr=None,
+            distill__lr_init=None,
+        )
+    )
+    paper = config.at({"distill.optimiser": "sgd"}).distill
+    ours = config.at({"distill.optimiser": "rmsprop", "distill.lr_img": 0.1}).distill
+    assert (paper.lr_img, paper.lr_lr, paper.lr_init) == (100.0, 1e-7, 0.01)
+    assert (ours.lr_img, ours.lr_lr, ours.lr_init) == (0.1, 0.05, None)
+
+
+def test_rates_of_sgd_are_refused_where_a_point_takes_rmsprop():
+    message = refusal(tiny(distill__optimiser={"choice": ["sgd", "rmsprop"]}))
+    assert message.startswith("distill.lr_img=10 with distill.optimiser=rmsprop")
+
+
+def test_a_sweep_without_units_says_how_it_differs_from_a_preset():
+    tree = tiny(
+        distill__optimiser="rmsprop",
+        distill__ema_decay=None,
+        distill__ema_share=0.1,
+        search__start_from=["ftd-cifar10-ipc1"],
+    )
+    for key in ("lr_img", "lr_lr"):
+        del tree["distill"][key]
+    (point,) = start_points(parse_config(tree))
+    assert point.others["distill.optimiser"] == ("rmsprop", "sgd")
+    assert point.others["distill.lr_img"] == (0.05, 100.0)
+    assert point.others["distill.ema_decay"] == (None, 0.9999)
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda p: p.name)
