@@ -31,8 +31,7 @@ from ftd_ray.new.images import Images, images_of
 from ftd_ray.new.pace import Pace, Task
 from ftd_ray.new.page import page
 from ftd_ray.new.programme import Scale, batch_size_for
-from ftd_ray.new.text import WIDTH, chose, machine, measured, saw, written
-from ftd_ray.progress import folded
+from ftd_ray.new.text import chose, machine, measured, saw, written
 from ftd_ray.reading import reading
 
 
@@ -63,11 +62,11 @@ def _main(args: argparse.Namespace, console: Console) -> int:
     out = Path(args.out or f"{Path(args.root).resolve().name or 'images'}.yaml")
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", out.stem).strip("._-") or "images"
     _check_out(out, name)
-    dataset, ipc = _given(args.root, args.given, name)
+    dataset, ipc = given(args.root, args.given, name)
 
     def say(*lines: str) -> None:
         for line in lines:
-            console.print(folded(line, WIDTH), soft_wrap=True, markup=False)
+            console.print(line, soft_wrap=True, markup=False)
 
     with reading(console) as progress:
         images = images_of(dataset, inspect(dataset, progress))
@@ -83,13 +82,13 @@ def _main(args: argparse.Namespace, console: Console) -> int:
             return pace
 
         choice = choose(images, scales, stand.crew, measure, args.hours)
-    say(*chose(choice, scales, images, args.hours))
+    say(*chose(choice, scales, images))
     dataset = replace(images.dataset, resolution=choice.scale.resolution)
     with reading(console) as progress:  # into the cache: the sweep has only to open it
         describe(dataset, progress)
     command = shlex.join(["python", "-m", "ftd_ray.new", args.root, *args.given])
     text = page(choice, images, name, f"{command} --hours {args.hours:g}", args.hours)
-    _write(out, text)
+    write(out, text)
     say(*written(out, args.address, choice.crew))
     return 0
 
@@ -123,7 +122,7 @@ def _task(scale: Scale, images: Images, crew: Crew) -> Task:
     )
 
 
-def _write(out: Path, text: str) -> None:
+def write(out: Path, text: str) -> None:
     """Writes the file whole or not at all, and over no other. Raises UserError."""
     try:
         with tempfile.NamedTemporaryFile("w", dir=out.parent, prefix=f".{out.name}-") as file:
@@ -137,12 +136,12 @@ def _write(out: Path, text: str) -> None:
         raise UserError(f"{out} cannot be written: {error.strerror}. Give another file.") from error
 
 
-def _given(root: str, given: Sequence[str], name: str) -> tuple[DatasetConfig, int | None]:
+def given(root: str, overrides: Sequence[str], name: str) -> tuple[DatasetConfig, int | None]:
     """The data set, as far as it is said, and the images per class if that is."""
     distill: dict[str, Any] = {}
     dataset = _dataset(root)
     tree = {"name": name, "dataset": dataset, "distill": distill, "search": {"trials": 1}}
-    for override in given:
+    for override in overrides:
         key = override.partition("=")[0]
         if not (key.startswith("dataset.") or key == "distill.ipc"):
             raise UserError(

@@ -106,13 +106,13 @@ def _distill(choice: Choice) -> list[Line]:
         ("expert_epochs", {"int": list(SEGMENT_EPOCHS)}, "... as far as M epochs of an expert"),
         ("max_start_epoch", window, f"segments start below it and end by epoch {p.epochs}"),
         ("iterations", p.iterations, "outer steps"),
-        ("optimiser", "rmsprop", "its learning rates have no units, so that they suit any images"),
+        ("optimiser", "rmsprop", "its learning rates suit any images"),
         (
             "lr_img",
             {"float": [low, high], "log": True, "levels": p.lr_img_levels},
             "of a pixel's standard deviation, each step",
         ),
-        ("ema_share", 0.1, "the average remembers the last tenth of the steps"),
+        ("ema_share", 0.1, "what is kept averages a tenth of the steps"),
     ]
 
 

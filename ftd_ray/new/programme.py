@@ -29,7 +29,7 @@ STEPS_OF_AN_EPOCH = 16
 """SGD steps that an epoch of an expert should have: segments of an epoch or so are what a few
 synthetic images can follow."""
 
-BATCHES = (16, 128)
+BATCHES = (4, 128)
 """Batch sizes of experts: at least and at most."""
 
 SEGMENT_EPOCHS = (1, 3)

@@ -1,24 +1,26 @@
-"""What the command says: what it saw, measured and chose, and why, in few lines."""
+"""What the command says: what it saw, measured and chose, and why.
+
+A line has at most ``WIDTH`` columns, and all together are at most ``LINES``.
+"""
 
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from statistics import median
 
 from ftd_ray.new.choice import Choice
 from ftd_ray.new.crew import Crew
 from ftd_ray.new.images import Images
 from ftd_ray.new.pace import STEPS, Pace
-from ftd_ray.new.programme import SEGMENT_EPOCHS, Scale
+from ftd_ray.new.programme import LR_IMG, SEGMENT_EPOCHS, Scale
 from ftd_ray.progress import duration
 from ftd_ray.store.text import plural, size_text
 
 WIDTH = 100
-"""Columns of a line."""
+LINES = 25
 
-NAMED = 4
-"""Classes, unreadable files or twins that a line names."""
+NAME = 40
+"""Characters of a name that are shown; of a longer one its end."""
 
 
 def saw(images: Images) -> list[str]:
@@ -26,16 +28,18 @@ def saw(images: Images) -> list[str]:
     found, d = images.found, images.dataset
     n = sum(map(sum, found.counts.values()))
     sizes = sorted(set(found.sizes), key=lambda size: size[0] * size[1])
-    (w, h), (w2, h2) = sizes[0], sizes[-1]
-    span = f"{w} x {h}" if len(sizes) == 1 else f"{w} x {h} to {w2} x {h2}"
+    span = " to ".join(f"{w} x {h}" for w, h in dict.fromkeys((sizes[0], sizes[-1]))) + " pixels"
+    if len(sizes) > 1:
+        span += f", half of them {images.side} or more on the shorter side"
     colour = "all grey" if found.grey == n else f"{found.grey} grey" if found.grey else "in colour"
     val = "as given" if "val" in found.counts else f"{d.val_fraction:g} of train"
     test = "as given" if "test" in found.counts else f"{d.test_fraction or 0.2:g} of train"
     return [
-        f"images     {n:,} in {images.classes} classes, {_balance(images)}: "
-        + _some(found.class_names),
-        f"sizes      {span} pixels, half of them {images.side} or more on the shorter side; "
-        f"{colour}",
+        _naming(
+            f"images     {n:,} in {images.classes} classes, {_balance(images)}:",
+            found.class_names,
+        ),
+        f"sizes      {span}; {colour}",
         f"parts      {sum(images.train):,} train, {sum(images.val):,} validation ({val}), "
         f"{sum(images.test):,} test ({test})",
         *_oddities(images),
@@ -45,26 +49,19 @@ def saw(images: Images) -> list[str]:
 def _balance(images: Images) -> str:
     each = [sum(n) for n in zip(*images.found.counts.values(), strict=True)]
     low, high = min(each), max(each)
-    return (
-        f"{low:,} of each"
-        if low == high
-        else f"{low:,} to {high:,} of each, in the middle {median(each):,g}"
-    )
+    return f"{low:,} of each" if low == high else f"{low:,} to {high:,} of each"
 
 
 def _oddities(images: Images) -> Iterator[str]:
     found = images.found
     if found.unreadable:
-        named = _some([f"{u.where} ({u.reason})" for u in found.unreadable])
-        yield f"left out   {plural(len(found.unreadable), 'file')} that cannot be read: {named}"
+        head = f"left out   {plural(len(found.unreadable), 'file')} that cannot be read:"
+        yield _naming(head, [f"{_end(u.where)} ({u.reason})" for u in found.unreadable])
     if found.duplicates:
-        named = _some([one for one, _ in found.duplicates])
-        yield (
-            f"twins      {plural(len(found.duplicates), 'image')} of test or validation in train "
-            f"too, so that accuracies flatter: {named}"
-        )
+        head = f"twins      {plural(len(found.duplicates), 'image')} held out and in train too:"
+        yield _naming(head, [_end(one) for one, _ in found.duplicates])
     if not (found.unreadable or found.duplicates):
-        yield "checked    every file can be read, and none of test or validation is in train too"
+        yield "checked    every file can be read, and none that is held out is in train too"
 
 
 def machine(crew: Crew) -> str:
@@ -81,36 +78,41 @@ def measured(scale: Scale, pace: Pace, images: Images) -> str:
     """A line about the pace of all workers at one scale."""
     epoch = sum(images.train) * pace.flat
     return (
-        f"  {_scale(scale):24}  {_seconds(epoch)} a flat expert epoch, "
-        f"{_seconds(STEPS * pace.step)} a matching step of {STEPS} student steps"
+        f"  {_scale(scale):24}  expert epoch {_seconds(epoch)}, matching step of {STEPS} "
+        f"student steps {_seconds(STEPS * pace.step)}"
     )
 
 
-def chose(choice: Choice, scales: Sequence[Scale], images: Images, hours: float) -> list[str]:
+def chose(choice: Choice, scales: Sequence[Scale], images: Images) -> list[str]:
     """Lines about the choice among ``scales``, and the forecast."""
     p, f, crew = choice.programme, choice.forecast, choice.crew
     larger = scales[scales.index(choice.scale) + 1 :]
     why = (
-        f"{_scale(larger[0])} would leave too little time to search"
+        f"{_scale(larger[0])} would leave too little time"
         if larger
         else "the largest that comes into question"
     )
-    steps = p.epochs * -(-sum(images.train) // p.batch_size)
+    steps = -(-sum(images.train) // p.batch_size)
     first, last = SEGMENT_EPOCHS
-    share = f" and {crew.gpus:.2g} GPU" if crew.gpus else ""
+    low, high = LR_IMG
+    gpu = f" and {crew.gpus:.2g} GPU" if crew.gpus else ""
     return [
-        f"network    {p.scale.network} at {p.scale.resolution} pixels, {why}",
-        f"experts    {len(p.rho)} sets of {p.experts} (rho {_values(p.rho)}), {p.epochs} epochs of "
-        f"batches of {p.batch_size}: {steps} SGD steps",
-        f"distill    {plural(p.scale.ipc, 'image')} per class, N {_values(p.syn_steps)}, M {first} "
-        f"to {last}, window {_values(p.windows)}, {p.iterations} outer steps by rmsprop",
-        f"search     {p.trials} trials, {p.concurrency} at a time, the first {p.startup_trials} at "
-        f"random, the worse two thirds pruned after {p.every} steps",
+        f"network    {_scale(choice.scale)}; {why}",
+        f"experts    {len(p.rho)} sets (rho {_values(p.rho)}) of {p.experts}, {p.epochs} epochs of "
+        f"{plural(steps, 'step')} in batches of {p.batch_size}:",
+        f"           M = {first} to {last} epochs are {first * steps} to {last * steps} steps for "
+        "the student to follow in N",
+        f"distill    {plural(p.scale.ipc, 'image')} per class, N {_values(p.syn_steps)}, window "
+        f"{_values(p.windows)}, {p.iterations} outer steps by rmsprop:",
+        f"           it suits any images, a step moves a pixel by {low:g} to {high:g} standard "
+        "deviations",
+        f"search     {p.trials} trials, {p.concurrency} at a time, {p.startup_trials} at random "
+        f"first; asha prunes two thirds after {p.every} steps",
         f"final      {plural(p.finalists, 'finalist')}, {p.networks} fresh networks of "
-        f"{p.network_epochs} epochs each",
-        f"resources  a worker {crew.cpus} CPU{share} and {size_text(choice.memory)}, of it a "
-        "quarter to spare",
-        f"forecast   {duration(f.total)} of {duration(3600 * hours)}: start {duration(f.start)}, "
+        f"{p.network_epochs} epochs for each set",
+        f"resources  {crew.cpus} CPU{gpu} and {size_text(choice.memory)} for a worker: "
+        f"{size_text(choice.pace.memory)} were measured, a quarter is to spare",
+        f"forecast   {duration(f.total)}: start {duration(f.start)}, "
         f"experts {duration(f.experts)}, trials {duration(f.trials)}, final {duration(f.final)}",
     ]
 
@@ -120,7 +122,7 @@ def written(out: Path, address: str | None, crew: Crew) -> list[str]:
     words = [".venv/bin/python" if ".venv" in sys.executable else "python", "-m", "ftd_ray.sweep"]
     words += [str(out), *(["--address", address] if address else [])]
     shared = (
-        ["shared     with several nodes, set store.uri and output.dir to a place of all, as s3://"]
+        ["shared     set store.uri and output.dir to a place that all nodes share, such as s3://"]
         if crew.nodes > 1
         else []
     )
@@ -140,6 +142,15 @@ def _values(values: Sequence[float]) -> str:
     return " | ".join(f"{v:g}" for v in values)
 
 
-def _some(names: Sequence[str]) -> str:
-    more = len(names) - NAMED
-    return ", ".join(names[:NAMED]) + (f" and {more} more" if more > 0 else "")
+def _naming(head: str, names: Sequence[str]) -> str:
+    """A line that ends in as many names as fit, and how many more there are."""
+    for shown in range(len(names), 0, -1):
+        more = f" and {len(names) - shown} more" if shown < len(names) else ""
+        line = f"{head} {', '.join(names[:shown])}{more}"
+        if len(line) <= WIDTH:
+            return line
+    return f"{head} {names[0]}"[: WIDTH - 1] + "…"
+
+
+def _end(name: str) -> str:
+    return name if len(name) <= NAME else f"…{name[1 - NAME :]}"
