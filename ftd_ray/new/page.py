@@ -11,7 +11,7 @@ from ftd.data import DatasetConfig
 from ftd_ray.new.choice import FILLED, Choice
 from ftd_ray.new.forecast import EVALUATED
 from ftd_ray.new.images import Images
-from ftd_ray.new.programme import LR_IMG, SEGMENT_EPOCHS
+from ftd_ray.new.programme import LR_IMG
 from ftd_ray.progress import duration
 
 WIDTH = 100
@@ -76,7 +76,6 @@ def _experts(choice: Choice, images: Images) -> list[Line]:
     p = choice.programme
     steps = -(-sum(images.train) // p.batch_size)
     final = p.scale.resolution >> p.scale.depth
-    first, last = SEGMENT_EPOCHS
     return [
         (
             "network",
@@ -88,7 +87,7 @@ def _experts(choice: Choice, images: Images) -> list[Line]:
         (
             "batch_size",
             p.batch_size,
-            f"so that a segment of {first} to {last} epochs has enough steps",
+            "so that an epoch has enough steps",
         ),
         ("lr", p.lr, ""),
         ("sharpness", "sam", ""),
@@ -103,7 +102,7 @@ def _distill(choice: Choice) -> list[Line]:
     return [
         ("ipc", p.scale.ipc, "synthetic images per class"),
         ("syn_steps", {"choice": list(p.syn_steps)}, "N: student steps, which must reach ..."),
-        ("expert_epochs", {"int": list(SEGMENT_EPOCHS)}, "... as far as M epochs of an expert"),
+        ("expert_epochs", {"choice": list(p.expert_epochs)}, "... as far as M epochs of an expert"),
         ("max_start_epoch", window, f"segments start below it and end by epoch {p.epochs}"),
         ("iterations", p.iterations, "outer steps"),
         ("optimiser", "rmsprop", "its learning rates suit any images"),

@@ -6,6 +6,7 @@ its own factor, so that no part of a sweep is starved by another.
 """
 
 from dataclasses import dataclass
+from math import sqrt
 
 from ftd_ray.new.images import Images
 
@@ -15,15 +16,15 @@ GROWTH = {
     "trials": (6, 100, 300),
     "iterations": (60, 3000, 3000),
     "student_steps": (15, 40, 40),
-    "experts": (2, 20, 20),
-    "expert_sgd_steps": (120, 3000, 3000),
+    "experts": (3, 20, 20),
+    "start_steps": (120, 400, 400),
     "networks": (4, 16, 10),
     "network_epochs": (300, 2500, 1000),
 }
-"""What grows with effort: its size at 0, its size at 1, and what it never exceeds."""
+"""What grows with effort: its size at 0, its size at 1, and what it never exceeds.
 
-EPOCHS = (6, 60)
-"""Of an expert: at least and at most."""
+``start_steps`` are the SGD steps of an expert after which segments start at the latest, for one
+image per class: so few images cannot follow an expert any later, and more can."""
 
 STEPS_OF_AN_EPOCH = 16
 """SGD steps that an epoch of an expert should have: segments of an epoch or so are what a few
@@ -32,8 +33,14 @@ synthetic images can follow."""
 BATCHES = (4, 128)
 """Batch sizes of experts: at least and at most."""
 
-SEGMENT_EPOCHS = (1, 3)
-"""M, from and to."""
+SEGMENT_STEPS = 150
+"""SGD steps of the longest segments: what student steps can still cover."""
+
+SEGMENT_EPOCHS = (2, 6)
+"""Epochs of the longest segments: at least and at most."""
+
+MOST_STARTS = 50
+"""Epochs at which segments may start."""
 
 WIDER = 0.5
 """Effort from which there are trials enough for more values of rho (each is an expert set), for a
@@ -91,6 +98,7 @@ class Programme:
     batch_size: int
     lr: float
     syn_steps: tuple[int, ...]
+    expert_epochs: tuple[int, ...]
     windows: tuple[int, ...]
     """Values of max_start_epoch."""
     lr_img_levels: int
@@ -115,8 +123,10 @@ def programme(scale: Scale, images: Images, workers: int, effort: float) -> Prog
 
     train = sum(images.train)
     batch_size = batch_size_for(train)
-    least, most = EPOCHS
-    epochs = min(max(round(grown("expert_sgd_steps") * batch_size / train), least), most)
+    steps_of_an_epoch = -(-train // batch_size)
+    starts = 1 + round(grown("start_steps") * sqrt(scale.ipc) / steps_of_an_epoch)
+    starts = min(max(2, starts), MOST_STARTS)
+    segments = _segments(steps_of_an_epoch)
     wider = effort >= WIDER
     iterations = 9 * round(grown("iterations") / 9)
     middle = 5 * round(grown("student_steps") / 5)
@@ -126,11 +136,12 @@ def programme(scale: Scale, images: Images, workers: int, effort: float) -> Prog
         scale=scale,
         rho=(0.0, 0.01, 0.03) if wider else (0.0, 0.02),
         experts=round(grown("experts")),
-        epochs=epochs,
+        epochs=starts - 1 + segments[-1],
         batch_size=batch_size,
         lr=0.01 if batch_size <= 64 else 0.02,
         syn_steps=(middle - spread, middle, middle + spread),
-        windows=_windows(epochs) if wider else (epochs // 2 + 1,),
+        expert_epochs=segments,
+        windows=tuple(sorted({-(-starts // 4), -(-starts // 2), starts})) if wider else (starts,),
         lr_img_levels=5 if wider else 3,
         iterations=iterations,
         every=iterations // (9 if iterations >= FINE_RUNGS else 3),
@@ -145,10 +156,11 @@ def programme(scale: Scale, images: Images, workers: int, effort: float) -> Prog
     )
 
 
-def _windows(epochs: int) -> tuple[int, ...]:
-    """A quarter, half and all of the epochs at which a segment can start."""
-    last = epochs - SEGMENT_EPOCHS[1] + 1
-    return tuple(sorted({max(1, last // 4), last // 2, last}))
+def _segments(steps_of_an_epoch: int) -> tuple[int, ...]:
+    """Epochs of segments: up to the longest in thirds."""
+    least, most = SEGMENT_EPOCHS
+    longest = min(max(round(SEGMENT_STEPS / steps_of_an_epoch), least), most)
+    return tuple(sorted({-(-longest // 3), -(-2 * longest // 3), longest}))
 
 
 def batch_size_for(train: int) -> int:

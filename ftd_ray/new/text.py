@@ -12,7 +12,7 @@ from ftd_ray.new.choice import Choice
 from ftd_ray.new.crew import Crew
 from ftd_ray.new.images import Images
 from ftd_ray.new.pace import STEPS, Pace
-from ftd_ray.new.programme import LR_IMG, SEGMENT_EPOCHS, Scale
+from ftd_ray.new.programme import LR_IMG, Scale
 from ftd_ray.progress import duration
 from ftd_ray.store.text import plural, size_text
 
@@ -93,7 +93,7 @@ def chose(choice: Choice, scales: Sequence[Scale], images: Images) -> list[str]:
         else "the largest that comes into question"
     )
     steps = -(-sum(images.train) // p.batch_size)
-    first, last = SEGMENT_EPOCHS
+    first, *_, last = p.expert_epochs
     low, high = LR_IMG
     gpu = f" and {crew.gpus:.2g} GPU" if crew.gpus else ""
     return [
