@@ -103,6 +103,21 @@ compiler. `eager` is autograd, several times slower and the specification of the
 otherwise; the plan says which. Backends differ in the last bits of float32, so a choice is part of
 an expert set's key, is written into the sweep's `sweep.yaml`, and stays for `--resume`.
 
+**Optimisers.** `distill.optimiser: sgd` is the paper's. Its learning rates have units: gradients
+scale with the loss, N, M, IPC, the resolution and the experts, so that rates which suit one point
+kill the next (eta becomes negative, the loss leaves the numbers). `rmsprop` descends log L and log
+eta, and divides each image's gradient by its running root mean square: `lr_img` is the change of
+an image in one step, in standard deviations of the pixels (0.03 to 0.1 for some dozen steps, less
+for thousands), eta cannot leave (0, inf), and starts where some segments are matched best. A
+dimension can choose between both, each with its own rates:
+
+    optimiser: {choice: [sgd, rmsprop]}
+    lr_img: {choice: [0.03, 0.1], when: {optimiser: rmsprop}}
+
+**The average.** `ema_decay` counts in outer steps and starts at the initial images, as the paper's:
+after 200 steps at 0.999 they still are 82 % of it. `ema_share: 0.1` remembers a tenth of the
+iterations, however many there are, and none of the initial images.
+
 **Repeats.** The trials of a sweep distil from the same seed and are evaluated by fresh networks of
 the same seeds, so that they differ by their configurations alone. With `repeats: 3` each trial
 distils three times, from three seeds that are the same in all trials, one after the other; outer
