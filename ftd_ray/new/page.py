@@ -11,7 +11,6 @@ from ftd.data import DatasetConfig
 from ftd_ray.new.choice import FILLED, Choice
 from ftd_ray.new.forecast import EVALUATED
 from ftd_ray.new.images import Images
-from ftd_ray.new.programme import LR_IMG
 from ftd_ray.progress import duration
 
 WIDTH = 100
@@ -98,7 +97,6 @@ def _experts(choice: Choice, images: Images) -> list[Line]:
 def _distill(choice: Choice) -> list[Line]:
     p = choice.programme
     window: Any = p.windows[0] if len(p.windows) == 1 else {"choice": list(p.windows)}
-    low, high = LR_IMG
     return [
         ("ipc", p.scale.ipc, "synthetic images per class"),
         ("syn_steps", {"choice": list(p.syn_steps)}, "N: student steps, which must reach ..."),
@@ -106,11 +104,7 @@ def _distill(choice: Choice) -> list[Line]:
         ("max_start_epoch", window, f"segments start below it and end by epoch {p.epochs}"),
         ("iterations", p.iterations, "outer steps"),
         ("optimiser", "rmsprop", "its learning rates suit any images"),
-        (
-            "lr_img",
-            {"float": [low, high], "log": True, "levels": p.lr_img_levels},
-            "of a pixel's standard deviation, each step",
-        ),
+        ("lr_img", {"choice": list(p.lr_img)}, "a step's change, in standard deviations"),
         ("ema_share", 0.1, "what is kept averages a tenth of the steps"),
     ]
 

@@ -46,8 +46,9 @@ WIDER = 0.5
 """Effort from which there are trials enough for more values of rho (each is an expert set), for a
 search of the window, and for more learning rates."""
 
-LR_IMG = (0.02, 0.1)
-"""Change of an image in an outer step, in standard deviations of the pixels: from and to."""
+LR_IMG = (0.02, 0.03, 0.05, 0.1)
+"""Change of an image in an outer step, in standard deviations of the pixels. The first one is for
+a wider search, which has more steps."""
 
 FINALISTS = {0.0: 1, 0.3: 3, 0.7: 5}
 """Best trials that are compared by the full protocol, from an effort on."""
@@ -101,7 +102,7 @@ class Programme:
     expert_epochs: tuple[int, ...]
     windows: tuple[int, ...]
     """Values of max_start_epoch."""
-    lr_img_levels: int
+    lr_img: tuple[float, ...]
     iterations: int
     every: int
     trials: int
@@ -142,7 +143,7 @@ def programme(scale: Scale, images: Images, workers: int, effort: float) -> Prog
         syn_steps=(middle - spread, middle, middle + spread),
         expert_epochs=segments,
         windows=tuple(sorted({-(-starts // 4), -(-starts // 2), starts})) if wider else (starts,),
-        lr_img_levels=5 if wider else 3,
+        lr_img=LR_IMG if wider else LR_IMG[1:],
         iterations=iterations,
         every=iterations // (9 if iterations >= FINE_RUNGS else 3),
         trials=trials,

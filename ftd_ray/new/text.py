@@ -12,7 +12,7 @@ from ftd_ray.new.choice import Choice
 from ftd_ray.new.crew import Crew
 from ftd_ray.new.images import Images
 from ftd_ray.new.pace import STEPS, Pace
-from ftd_ray.new.programme import LR_IMG, Scale
+from ftd_ray.new.programme import Scale
 from ftd_ray.progress import duration
 from ftd_ray.store.text import plural, size_text
 
@@ -94,7 +94,6 @@ def chose(choice: Choice, scales: Sequence[Scale], images: Images) -> list[str]:
     )
     steps = -(-sum(images.train) // p.batch_size)
     first, *_, last = p.expert_epochs
-    low, high = LR_IMG
     gpu = f" and {crew.gpus:.2g} GPU" if crew.gpus else ""
     return [
         f"network    {_scale(choice.scale)}; {why}",
@@ -104,7 +103,7 @@ def chose(choice: Choice, scales: Sequence[Scale], images: Images) -> list[str]:
         "the student to follow in N",
         f"distill    {plural(p.scale.ipc, 'image')} per class, N {_values(p.syn_steps)}, window "
         f"{_values(p.windows)}, {p.iterations} outer steps by rmsprop:",
-        f"           it suits any images, a step moves a pixel by {low:g} to {high:g} standard "
+        f"           it suits any images, a step moves them by {_values(p.lr_img)} standard "
         "deviations",
         f"search     {p.trials} trials, {p.concurrency} at a time, {p.startup_trials} at random "
         f"first; asha prunes two thirds after {p.every} steps",
