@@ -169,7 +169,7 @@ def trials_by_tune(folder: Path) -> dict[str, float]:
     start_ray(None)
     try:
         broker = ray.remote(ZeroBroker).options(num_cpus=0).remote()
-        pool = start_pool(1, 0, ZeroWorker)
+        pool = start_pool(1, 0, worker=ZeroWorker)
         with driver(folder, "tpe") as (config, study, tracker):
 
             def order(suggestion: Suggestion) -> TrialOrder:

@@ -253,7 +253,7 @@ def load_config(path: str | os.PathLike[str], overrides: typing.Sequence[str] = 
     if not isinstance(tree, dict):
         raise UserError(f"{path} must hold a mapping with the sections {', '.join(TOP_LEVEL)}.")
     for override in overrides:
-        _apply_override(tree, override)
+        apply_override(tree, override)
     try:
         return parse_config(tree)
     except UserError as error:
@@ -384,7 +384,8 @@ def _check_key(key: str, valid: typing.Sequence[str], prefix: str) -> None:
     raise UserError(f"{prefix}{key} is not a known key. {hint}")
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> None:
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Puts the value of ``key.path=value`` into a parsed sweep. Raises UserError."""
     path, equals, text = override.partition("=")
     if not equals or not path:
         raise UserError(f"{override!r} is not an override. Write key.path=value.")

@@ -97,8 +97,8 @@ class Plan:
         ]
         r = c.resources
         lines += [
-            f"resources  an expert {_res(r.cpus_per_expert, r.gpus_per_expert)}, "
-            f"a trial {_res(r.cpus_per_trial, r.gpus_per_trial)}",
+            f"resources  an expert {_res(r.cpus_per_expert, r.gpus_per_expert, r.expert_memory)}, "
+            f"a trial {_res(r.cpus_per_trial, r.gpus_per_trial, r.trial_memory)}",
             *_backend_lines(r.expert_numerics, r.trial_numerics),
         ]
         lines += [f"  missing here: {what}" for what in lacking]
@@ -115,7 +115,7 @@ class Plan:
         lines = [
             *self._data_lines(),
             *self._expert_lines(),
-            f"resources  an expert {_res(r.cpus_per_expert, r.gpus_per_expert)}",
+            f"resources  an expert {_res(r.cpus_per_expert, r.gpus_per_expert, r.expert_memory)}",
             *_backend_lines(r.expert_numerics),
         ]
         lines += [f"  missing here: {what}" for what in lacking]
@@ -248,20 +248,28 @@ def _complete(experts: ExpertSet, epochs: int) -> list[int]:
 def lacking(
     config: SweepConfig, total: dict[str, float], *, experts_only: bool = False
 ) -> list[str]:
-    """Resources that one expert or one trial needs and ``total`` ({"CPU": 2, ...}) has not."""
+    """Resources that one expert or one trial needs and ``total`` has not.
+
+    ``total`` is as Ray counts: {"CPU": 2, "GPU": 0, "memory": bytes}.
+    """
     r = config.resources
     out = []
     workers = [
-        ("an expert", r.cpus_per_expert, 1.0 if r.expert_gpus is None else r.expert_gpus),
-        ("a trial", r.cpus_per_trial, r.gpus_per_trial),
+        ("an expert", r.cpus_per_expert, r.expert_gpus, r.expert_memory),
+        ("a trial", r.cpus_per_trial, r.gpus_per_trial, r.trial_memory),
     ]
-    for what, cpus, gpus in workers[: 1 if experts_only else 2]:
-        for kind, needed in (("CPU", cpus), ("GPU", gpus)):
+    for what, cpus, gpus, memory in workers[: 1 if experts_only else 2]:
+        for kind, needed in (("CPU", cpus), ("GPU", 1.0 if gpus is None else gpus)):
             if needed > total.get(kind, 0):
                 out.append(
                     f"{what} takes {needed:g} {kind}{'s' if needed > 1 else ''}, and there "
                     f"{'is' if total.get(kind, 0) == 1 else 'are'} {total.get(kind, 0):g}"
                 )
+        if memory > total.get("memory", 0):
+            out.append(
+                f"{what} takes {size_text(memory)} of memory, and there are "
+                f"{size_text(total.get('memory', 0))}"
+            )
     return out
 
 
@@ -276,12 +284,14 @@ def lacking_compiler(config: SweepConfig, *, experts_only: bool = False) -> list
 
 
 def machine_resources() -> dict[str, float]:
-    """CPUs and GPUs of this machine, without starting Ray."""
+    """CPUs, GPUs and memory of this machine, without starting Ray."""
+    import psutil
     import torch
 
     return {
         "CPU": float(len(os.sched_getaffinity(0))),
         "GPU": float(torch.cuda.device_count()),
+        "memory": float(psutil.virtual_memory().total),
     }
 
 
@@ -293,8 +303,11 @@ def _backend_lines(*workers: Numerics) -> list[str]:
     return lines
 
 
-def _res(cpus: float, gpus: float | str) -> str:
-    text = f"{cpus:g} CPU"
-    if gpus == "auto":
-        return f"{text} and a measured share of a GPU"
-    return f"{text} and {gpus:g} GPU" if gpus else text
+def _res(cpus: float, gpus: float | str, memory: int) -> str:
+    """What a worker takes: 1 CPU, 0.5 GPU and 2.0 GB."""
+    parts = [f"{cpus:g} CPU"]
+    if gpus:
+        parts.append("a measured share of a GPU" if gpus == "auto" else f"{gpus:g} GPU")
+    if memory:
+        parts.append(size_text(memory))
+    return ", ".join([*parts[:-2], " and ".join(parts[-2:])])

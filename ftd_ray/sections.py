@@ -6,6 +6,7 @@ from typing import Any, Literal
 from ftd.backends import resolve
 from ftd.errors import UserError
 from ftd.expert import Numerics
+from ftd_ray.store.text import parse_size
 
 Objective = Literal["accuracy", "gpu_seconds", "cpu_seconds", "ipc"]
 
@@ -149,6 +150,11 @@ class ResourcesConfig:
     """Also its threads, when it works on CPUs."""
     gpus_per_trial: float = 0
     """Above 0, trials work on a GPU."""
+    memory_per_expert: int | str | None = None
+    """Memory that is booked for an expert, in bytes or as 2GB: a node takes no more experts and
+    trials than its memory holds. None books none."""
+    memory_per_trial: int | str | None = None
+    """The same for trials."""
     expert_backend: Literal["auto", "native", "compiled", "eager"] = "auto"
     """How experts compute gradients: native (C kernels, on CPU), compiled (torch.compile) or eager.
     Part of what an expert set is."""
@@ -166,6 +172,8 @@ class ResourcesConfig:
                     f"resources.{key}={value} must lie from 0 to 1: a worker uses one GPU or a "
                     "share of it."
                 )
+        for key in ("memory_per_expert", "memory_per_trial"):
+            object.__setattr__(self, key, _bytes(key, getattr(self, key)))
         for kind in ("expert", "trial"):  # settled here, so that a resume cannot choose otherwise
             key, gpus = f"{kind}_backend", getattr(self, f"gpus_per_{kind}")
             if gpus and getattr(self, key) == "native":
@@ -180,6 +188,16 @@ class ResourcesConfig:
     def expert_gpus(self) -> float | None:
         """GPUs of an expert; None for a share that the fleet measures."""
         return None if self.gpus_per_expert == "auto" else float(self.gpus_per_expert)
+
+    @property
+    def expert_memory(self) -> int:
+        """Bytes that are booked for an expert; 0 for none."""
+        return int(self.memory_per_expert or 0)
+
+    @property
+    def trial_memory(self) -> int:
+        """Bytes that are booked for a trial; 0 for none."""
+        return int(self.memory_per_trial or 0)
 
     @property
     def expert_numerics(self) -> Numerics:
@@ -226,3 +244,16 @@ class OutputConfig:
 
 def _numerics(cpus: float, gpus: float, backend: str) -> Numerics:
     return Numerics.on("cuda" if gpus else "cpu", max(1, int(cpus)), backend)
+
+
+def _bytes(key: str, value: int | str | None) -> int | None:
+    """The bytes that a key of ``resources`` books."""
+    if value is None:
+        return None
+    try:
+        size = parse_size(str(value))
+    except UserError as error:
+        raise UserError(f"resources.{key}={value!r}: {error}") from None
+    if size < 1:
+        raise UserError(f"resources.{key}={value} must be above 0, or null to book none.")
+    return size

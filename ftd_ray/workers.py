@@ -102,9 +102,9 @@ class TrialWorker:
 class WorkerPool:
     """The trial workers of one sweep: an actor of the driver's that books nothing itself."""
 
-    def __init__(self, cpus: float, gpus: float, worker: type) -> None:
+    def __init__(self, cpus: float, gpus: float, memory: int, worker: type) -> None:
         self._worker = worker
-        self._options = {"num_cpus": cpus, "num_gpus": gpus}
+        self._options = {"num_cpus": cpus, "num_gpus": gpus, "memory": memory}
         self._busy: dict[int, Any] = {}
         self._idle: list[tuple[Any, asyncio.Task[None]]] = []
         """Workers, each with the task that ends it soon."""
@@ -147,12 +147,12 @@ class WorkerPool:
         ray.kill(worker)
 
 
-def start_pool(cpus: float, gpus: float, worker: type = TrialWorker) -> Any:
+def start_pool(cpus: float, gpus: float, memory: int = 0, *, worker: type = TrialWorker) -> Any:
     """A pool of this process, whose workers have that size each; it ends with the process."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1}
     pool = ray.remote(WorkerPool).options(scheduling_strategy=here, **options)
-    return pool.remote(cpus, gpus, worker)
+    return pool.remote(cpus, gpus, memory, worker)
 
 
 class SweepTrial(tune.Trainable):

@@ -98,7 +98,7 @@ def searched(_ray, tmp_path_factory) -> tuple[SweepStudy, Told, Any, Path]:
     """A search of the scripted trials, one after the other, with Tune's table of them."""
     folder = tmp_path_factory.mktemp("search")
     broker = ray.remote(FullStore).options(num_cpus=0).remote()
-    pool = start_pool(1, 0, ScriptedWorker)
+    pool = start_pool(1, 0, worker=ScriptedWorker)
     study = SweepStudy(
         str(folder),
         name="study",

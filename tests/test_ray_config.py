@@ -298,6 +298,33 @@ def test_measured_share_of_a_gpu_is_a_gpu(tmp_path, monkeypatch):
     assert lacking(config, here | {"GPU": 1.0}) == []
 
 
+def test_memory_is_booked_in_bytes_or_units_and_is_no_part_of_an_expert_set(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    booked = {"resources__memory_per_expert": "1.5GB", "resources__memory_per_trial": 10**9}
+    config = parse_config(tiny(**booked))
+    assert (config.resources.expert_memory, config.resources.trial_memory) == (15 * 10**8, 10**9)
+    assert parse_config(config.resolved()).resources == config.resources
+    plan, plain = make_plan(config), make_plan(parse_config(tiny()))
+    assert "resources  an expert 1 CPU and 1.5 GB, a trial 1 CPU and 1.0 GB" in plan.text([])
+    assert [s.key for s in plan.sets] == [s.key for s in plain.sets]
+    here = {"CPU": 2.0, "memory": 12e8}
+    assert lacking(config, here) == ["an expert takes 1.5 GB of memory, and there are 1.2 GB"]
+    assert lacking(plain.config, {"CPU": 2.0}) == []
+
+
+@pytest.mark.parametrize(
+    ("value", "rule"),
+    [
+        ("much", "'much' is not a size"),
+        ("-1GB", "'-1GB' is not a size"),
+        (0, "memory_per_trial=0 must be above 0"),
+        (1.5, "must be a valid integer or a valid string"),
+    ],
+)
+def test_memory_that_is_no_size_is_refused(value, rule):
+    assert rule in refusal(tiny(resources__memory_per_trial=value))
+
+
 @pytest.mark.parametrize("key", ["dataset.name", "search.trials"])
 def test_missing_required_key_is_named(key):
     section, _, name = key.partition(".")

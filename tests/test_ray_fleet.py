@@ -573,6 +573,18 @@ def test_no_gpu_is_given_more_experts_than_its_memory_holds(head, nodes, broker_
     assert max(most_at_once(builds, gpu) for gpu in gpus) in {2, 3}
 
 
+def test_node_takes_no_more_experts_than_its_memory_is_booked_for(
+    head, nodes, broker_for, tmp_path
+):
+    nodes(num_cpus=2, memory=1e9)
+    assert [room_for(0.1, 0, int(b)) for b in (4e8, 1e9, 0)] == [2, 1, 20]
+    handle = broker_for(tmp_path / "store", StandInBroker)
+    order = replace(stand_in_order(tmp_path, count=6, gpus=0), memory=int(4e8))
+    assert ask(handle.ensure.remote(order)) == list(range(6))
+    builds = built(tmp_path)
+    assert most_at_once(builds, builds[0][0]) in {1, 2}
+
+
 def test_experts_that_do_not_fit_their_share_get_one_neighbour_less(
     head, nodes, broker_for, tmp_path
 ):

@@ -37,7 +37,7 @@ def _ray() -> Iterator[None]:
 
 @pytest.fixture
 def pool() -> Iterator[Any]:
-    pool = start_pool(1, 0, Worker)
+    pool = start_pool(1, 0, worker=Worker)
     yield pool
     ray.kill(pool)
     wait_until("two free CPUs", lambda: free() == 2)
@@ -107,6 +107,18 @@ def test_closed_pool_frees_everything_and_gives_no_more(pool):
     with pytest.raises(ray.exceptions.RayTaskError) as caught:
         taken(pool, 2)
     assert isinstance(caught.value.cause, UserError)
+
+
+def test_worker_books_the_memory_that_it_is_said_to_take():
+    def free_memory() -> float:
+        return ray.available_resources()["memory"]
+
+    before = free_memory()
+    pool = start_pool(1, 0, 10**9, worker=Worker)
+    pid(taken(pool, 0))
+    wait_until("a booking", lambda: free_memory() == before - 10**9, seconds=20)
+    ray.kill(pool)
+    wait_until("its end", lambda: free_memory() == before, seconds=20)
 
 
 # --- calls ----------------------------------------------------------------------------------

@@ -135,7 +135,7 @@ class Broker(Lingering):
         self._id = uuid.uuid4().hex
         self._askers: dict[str, _Asker] = {}
         self._jobs: dict[tuple[str, int], _Job] = {}
-        self._fleets: dict[tuple[float, float, bool], Fleet] = {}
+        self._fleets: dict[tuple[float, float, int, bool], Fleet] = {}
         self._needs: dict[str, asyncio.Task[list[int]]] = {}
         self._diverged: dict[tuple[str, int], tuple[int, str]] = {}
         """(set, expert) -> epochs that it did not reach, and why."""
@@ -309,11 +309,11 @@ class Broker(Lingering):
         """The actors of the size that the order says, or that a measurement says."""
         measured = order.gpus is None
         gpus = gpu_share(*await self._need(order)) if order.gpus is None else order.gpus
-        size = (order.cpus, gpus, measured)
-        if size not in self._fleets:
+        size = (order.cpus, gpus, order.memory)
+        if (*size, measured) not in self._fleets:
             share = gpus if measured else None
-            self._fleets[size] = Fleet(order.cpus, gpus, share=share, actor=self.expert_actor)
-        return self._fleets[size]
+            self._fleets[*size, measured] = Fleet(*size, share=share, actor=self.expert_actor)
+        return self._fleets[*size, measured]
 
     async def _need(self, order: ExpertOrder) -> list[int]:
         """[bytes of its GPU that one such expert takes, bytes that there are], measured once."""
@@ -329,7 +329,8 @@ class Broker(Lingering):
 
     async def _measure(self, order: ExpertOrder) -> list[int]:
         for attempt in range(1, ATTEMPTS + 1):
-            actor = start_actor(order.cpus, 1.0, self.expert_actor)  # alone on its GPU
+            alone = (order.cpus, 1.0, order.memory)  # on its GPU
+            actor = start_actor(*alone, self.expert_actor)
             try:
                 return list(await actor.gpu_need.remote(order.work))
             except RayTaskError as error:

@@ -67,6 +67,7 @@ class BrokerClient:
             work=pickle.dumps(request),
             cpus=r.cpus_per_expert,
             gpus=r.expert_gpus,
+            memory=r.expert_memory,
             urgency=urgency,
         )
 

@@ -115,7 +115,7 @@ class Worker:
 
 
 class Fleet:
-    """Expert actors of (cpus, gpus) each. Lives in the event loop of the broker.
+    """Expert actors of (cpus, gpus, memory) each. Lives in the event loop of the broker.
 
     ``share`` limits each to that share of its GPU's memory.
     """
@@ -124,12 +124,13 @@ class Fleet:
         self,
         cpus: float,
         gpus: float,
+        memory: int = 0,
         *,
         share: float | None = None,
         actor: type = ExpertActor,
-        room: Callable[[float, float], int] | None = None,
+        room: Callable[[float, float, int], int] | None = None,
     ) -> None:
-        self.size, self._share = (cpus, gpus), share
+        self.size, self._share = (cpus, gpus, memory), share
         self._actor, self._room = actor, room or room_for
         self._queue: list[Build] = []
         self.workers: set[Worker] = set()
@@ -282,10 +283,10 @@ class Fleet:
             )
 
 
-def start_actor(cpus: float, gpus: float, actor: type = ExpertActor) -> Any:
+def start_actor(cpus: float, gpus: float, memory: int, actor: type = ExpertActor) -> Any:
     """A new expert actor, spread over the nodes; it may have to wait for its place."""
-    options = {"num_cpus": cpus, "num_gpus": gpus, "scheduling_strategy": "SPREAD"}
-    return ray.remote(actor).options(**options).remote()
+    size = {"num_cpus": cpus, "num_gpus": gpus, "memory": memory}
+    return ray.remote(actor).options(**size, scheduling_strategy="SPREAD").remote()
 
 
 def node_name() -> str:

@@ -42,6 +42,8 @@ class ExpertOrder:
     cpus: float
     gpus: float | None
     """None for a share of a GPU that is measured."""
+    memory: int = 0
+    """Bytes that an expert books; 0 for none."""
     urgency: Urgency = Urgency.TRIAL
 
 
