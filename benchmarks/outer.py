@@ -75,7 +75,7 @@ class Case:
 
 
 NETTE = "imagenette-160"
-SMALL = "ConvNetD3W16"
+SMALL, SMALLEST = "ConvNetD3W16", "ConvNetD3W8"
 CASES = (
     Case("digits, IPC 1", "digits", "ConvNetD2W16", 45, resolution=None),
     Case("digits, IPC 10", "digits", "ConvNetD2W16", 25, ipc=10, resolution=None),
@@ -85,7 +85,7 @@ CASES = (
     Case("10 classes, 20 images each", NETTE, SMALL, 45, per_class=20),
     Case("10 classes, 100 each", NETTE, SMALL, 45, per_class=100),
     Case("10 classes, all (about 940 each)", NETTE, SMALL, 45),
-    Case("10 classes, 100 each, IPC 10", NETTE, SMALL, 25, ipc=10, per_class=100),
+    Case("10 classes, 100 each, IPC 10", NETTE, SMALLEST, 15, ipc=10, per_class=100),
     Case("64 px, 10 classes, 100 each", NETTE, "ConvNetD4W16", 30, per_class=100, resolution=64),
     Case(
         "100 classes of CIFAR-100, 100 each",
