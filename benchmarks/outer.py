@@ -85,8 +85,8 @@ CASES = (
     Case("10 classes, 20 images each", NETTE, SMALL, 45, per_class=20),
     Case("10 classes, 100 each", NETTE, SMALL, 45, per_class=100),
     Case("10 classes, all (about 940 each)", NETTE, SMALL, 45),
-    Case("10 classes, 100 each, IPC 10", NETTE, SMALLEST, 15, ipc=10, per_class=100),
-    Case("64 px, 10 classes, 100 each", NETTE, "ConvNetD4W16", 30, per_class=100, resolution=64),
+    Case("10 classes, 100 each, IPC 10", NETTE, SMALLEST, 12, ipc=10, per_class=100),
+    Case("64 px, 10 classes, 100 each", NETTE, "ConvNetD4W16", 25, per_class=100, resolution=64),
     Case(
         "100 classes of CIFAR-100, 100 each",
         "cifar100-small",
