@@ -87,14 +87,7 @@ CASES = (
     Case("10 classes, all (about 940 each)", NETTE, SMALL, 45),
     Case("10 classes, 100 each, IPC 10", NETTE, SMALLEST, 12, ipc=10, per_class=100),
     Case("64 px, 10 classes, 100 each", NETTE, "ConvNetD4W16", 25, per_class=100, resolution=64),
-    Case(
-        "100 classes of CIFAR-100, 100 each",
-        "cifar100-small",
-        SMALL,
-        25,
-        per_class=100,
-        classes=100,
-    ),
+    Case("CIFAR-100, 100 each", "cifar100-small", SMALLEST, 8, per_class=100, classes=100),
 )
 DRAWN_CASE = CASES[6]
 
@@ -143,6 +136,7 @@ def _compare(case: Case, folder: Path, parallel: Map) -> dict[str, Any]:
     tuned = list(parallel(_distil, [(case, folder, *job) for job in sgd]))
     row = {
         "case": case.title,
+        "network": case.network,
         "steps": case.steps,
         "rmsprop": found,
         "sgd": tuned,
@@ -316,9 +310,9 @@ def render(results: dict[str, Any]) -> list[str]:
         "± is the",
         "standard error of a single figure that the number of images alone gives.",
         "",
-        "| data | outer steps | random real | rmsprop: diverged | best | median | SGD, tuned: "
+        "| data | network | outer steps | random real | rmsprop: diverged | best | median | SGD, tuned: "
         "diverged | best | median | lr_img, lr_lr |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
         *(_row(r) for r in rows),
         "",
         "The space: "
@@ -351,7 +345,7 @@ def _row(row: dict[str, Any]) -> str:
         return [f"{values.count(None)} of {len(values)}", percent(best), percent(median)]
 
     lr_img, lr_lr = row["rates"]
-    cells = [row["case"], str(row["steps"]), percent(row["random_real"])]
+    cells = [row["case"], row["network"], str(row["steps"]), percent(row["random_real"])]
     cells += [*figures(row["rmsprop"], []), *figures(row["sgd"], row["grid"])]
     return "| " + " | ".join([*cells, f"{lr_img:g}, {lr_lr:g}"]) + " |"
 
