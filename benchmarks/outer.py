@@ -38,7 +38,7 @@ SPACE: dict[str, tuple[Any, ...]] = {
     "syn_steps": (5, 10, 30),
     "expert_epochs": (1, 2, 3),
     "max_start_epoch": (1, 2, 4),
-    "lr_img": (0.03, 0.05, 0.1),
+    "lr_img": (0.03, 0.1, 0.3),
 }
 POINTS = 20
 SGD_POINTS = 10

@@ -114,12 +114,12 @@ an expert set's key, is written into the sweep's `sweep.yaml`, and stays for `--
 scale with the loss, N, M, IPC, the resolution and the experts, so that rates which suit one point
 kill the next (eta becomes negative, the loss leaves the numbers). `rmsprop` descends log L and log
 eta, and divides each image's gradient by its running root mean square: `lr_img` is what a class
-changes by in one step, in standard deviations of the pixels (0.03 to 0.1, of which each of its
+changes by in one step, in standard deviations of the pixels (0.03 to 0.3, of which each of its
 images gets an equal part), eta cannot leave (0, inf), and starts where some segments are matched
 best. A dimension can choose between both, each with its own rates:
 
     optimiser: {choice: [sgd, rmsprop]}
-    lr_img: {choice: [0.03, 0.1], when: {optimiser: rmsprop}}
+    lr_img: {choice: [0.03, 0.1, 0.3], when: {optimiser: rmsprop}}
 
 **The average.** `ema_decay` counts in outer steps and starts at the initial images, as the paper's:
 after 200 steps at 0.999 they still are 82 % of it. `ema_share: 0.1` remembers a tenth of the

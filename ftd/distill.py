@@ -150,7 +150,7 @@ class DistillConfig:
             if self.optimiser == "rmsprop" and value is not None and value > 1:
                 raise UserError(
                     f"distill.{key}={value:g} with distill.optimiser=rmsprop is a change of "
-                    f"{value:g} {unit} in one step, and 1 is the most. Take 0.02 to 0.1, or mean "
+                    f"{value:g} {unit} in one step, and 1 is the most. Take 0.03 to 0.3, or mean "
                     "optimiser: sgd."
                 )
 
