@@ -44,13 +44,18 @@ def reading(console: Console, every: float = LINE_SECONDS) -> Iterator[Progress]
 class _Lines:
     def __init__(self, console: Console, every: float):
         self._console, self._every = console, every
-        self._began = self._told = time.monotonic()
+        self._began: tuple[float, int] | None = None
+        self._told = 0.0
 
     def __call__(self, done: int, total: int) -> None:
         now = time.monotonic()
+        if self._began is None:  # what came before it, such as imports, tells nothing of the pace
+            self._began, self._told = (now, done), now
+            return
         if now - self._told < self._every or done == total:
             return
         self._told = now
-        left = (now - self._began) / done * (total - done)
+        began, before = self._began
+        left = (now - began) / (done - before) * (total - done)
         text = f"images     {done}/{total} read, about {duration(left)} to go"
         self._console.print(Text(text), soft_wrap=True)

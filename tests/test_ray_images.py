@@ -1,6 +1,7 @@
 """What a sweep says of its images before it begins, and what it does when they have changed."""
 
 import io
+import time
 from pathlib import Path
 from typing import Any
 
@@ -187,13 +188,22 @@ def test_pass_over_images_has_a_bar_on_a_terminal_and_lines_elsewhere() -> None:
     assert "images" in out.getvalue() and "4/4" in out.getvalue()
     console, out = console_of(terminal=False)
     with reading(console, every=0) as progress:
-        for done in range(1, 4):
-            progress(done, 3)
+        for done in range(1, 5):
+            progress(done, 4)
     lines = out.getvalue().splitlines()
     assert [line.split(" to go")[0][:19] for line in lines] == [
-        "images     1/3 read",
-        "images     2/3 read",
+        "images     2/4 read",
+        "images     3/4 read",
     ]
+
+
+def test_time_to_go_counts_from_the_first_image_and_not_from_imports_before_it() -> None:
+    console, out = console_of(terminal=False)
+    with reading(console, every=0) as progress:
+        time.sleep(1.5)
+        progress(1, 1000)
+        progress(2, 1000)
+    assert " to go" in out.getvalue() and "min" not in out.getvalue()
 
 
 @pytest.mark.parametrize("terminal", [True, False])
