@@ -9,7 +9,6 @@ import os
 import re
 import shlex
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +25,7 @@ from ftd_ray.command import exit_code
 from ftd_ray.config import apply_override, load_config, parse_config
 from ftd_ray.folder import saved_sweep
 from ftd_ray.new.choice import choose, scales_of
-from ftd_ray.new.crew import Crew, standing
+from ftd_ray.new.crew import standing
 from ftd_ray.new.images import Images, images_of
 from ftd_ray.new.pace import Pace, Task
 from ftd_ray.new.page import page
@@ -72,11 +71,13 @@ def _main(args: argparse.Namespace, console: Console) -> int:
         images = images_of(dataset, inspect(dataset, progress))
     scales = scales_of(images, ipc)
     say(*saw(images))
-    with standing(args.address or os.environ.get("RAY_ADDRESS")) as stand:
-        say(machine(stand.crew))
+    address = args.address or os.environ.get("RAY_ADDRESS")
+    with console.status("measuring, about half a minute"), standing(address) as stand:
+        numerics = Numerics.on(stand.crew.device, stand.crew.cpus)
+        say(machine(stand.crew, numerics))
 
         def measure(scale: Scale) -> Pace | None:
-            pace = stand.pace(_task(scale, images, stand.crew))
+            pace = stand.pace(_task(scale, images, numerics))
             if pace is not None:
                 say(measured(scale, pace, images))
             return pace
@@ -109,7 +110,7 @@ def _check_out(out: Path, name: str) -> None:
         )
 
 
-def _task(scale: Scale, images: Images, crew: Crew) -> Task:
+def _task(scale: Scale, images: Images, numerics: Numerics) -> Task:
     return Task(
         network=scale.network,
         channels=images.channels,
@@ -117,23 +118,27 @@ def _task(scale: Scale, images: Images, crew: Crew) -> Task:
         classes=images.classes,
         ipc=scale.ipc,
         batch_size=batch_size_for(sum(images.train)),
+        images=len(images.found.sizes),
         augment=images.dataset.strategy,
-        numerics=Numerics.on(crew.device, crew.cpus),
+        numerics=numerics,
     )
 
 
 def write(out: Path, text: str) -> None:
     """Writes the file whole or not at all, and over no other. Raises UserError."""
+    beside = out.with_name(f".{out.name}-{os.getpid()}")
     try:
-        with tempfile.NamedTemporaryFile("w", dir=out.parent, prefix=f".{out.name}-") as file:
-            file.write(text)
-            file.flush()
-            load_config(file.name)
-            os.link(file.name, out)
+        beside.write_text(text)
+        load_config(beside)
+        os.link(beside, out)
     except FileExistsError:
         raise UserError(f"{out} is there now. Give another file by --out.") from None
     except OSError as error:
-        raise UserError(f"{out} cannot be written: {error.strerror}. Give another file.") from error
+        raise UserError(
+            f"{out} cannot be written: {error.strerror}. Give another file by --out."
+        ) from error
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def given(root: str, overrides: Sequence[str], name: str) -> tuple[DatasetConfig, int | None]:
@@ -143,10 +148,10 @@ def given(root: str, overrides: Sequence[str], name: str) -> tuple[DatasetConfig
     tree = {"name": name, "dataset": dataset, "distill": distill, "search": {"trials": 1}}
     for override in overrides:
         key = override.partition("=")[0]
-        if not (key.startswith("dataset.") or key == "distill.ipc"):
+        if key == "dataset.root" or not (key.startswith("dataset.") or key == "distill.ipc"):
             raise UserError(
-                f"{override!r}: only keys of dataset and distill.ipc can be given, the others are "
-                "chosen. Change them in the file."
+                f"{override!r}: only keys of dataset and distill.ipc can be given; the rest is "
+                "chosen. Change it in the file."
             )
         apply_override(tree, override)
     config = parse_config(tree)

@@ -34,8 +34,9 @@ def page(choice: Choice, images: Images, name: str, command: str, hours: float) 
         "resources": _resources(choice),
     }
     f = choice.forecast
+    readable = command.encode(errors="backslashreplace").decode()  # names of any bytes
     head = (
-        f"Written by `{command}` for {sum(images.train)} training images in {images.classes} "
+        f"Written by `{readable}` for {sum(images.train)} training images in {images.classes} "
         f"classes: about {duration(f.total)} on {choice.crew.workers} workers."
     )
     return "\n".join(

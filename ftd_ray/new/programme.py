@@ -60,7 +60,7 @@ pruned after a ninth of them, and reports still cost less than steps."""
 
 @dataclass(frozen=True, order=True, kw_only=True)
 class Scale:
-    """What one step of the work is: a network on images of one size."""
+    """What one step of the work is: a network on images of one size, a multiple of 4 pixels."""
 
     resolution: int
     width: int
@@ -68,13 +68,12 @@ class Scale:
 
     @property
     def depth(self) -> int:
-        """Halvings, down to a map of 4 pixels; of images below 16 pixels to 2."""
-        depth = 1
-        while self.resolution % 2 ** (depth + 1) == 0 and self.resolution >> (depth + 1) >= (
-            4 if depth > 1 else 2
-        ):
-            depth += 1
-        return depth
+        """Halvings: two, and as many more as leave a map of 4 pixels."""
+        return max(
+            depth
+            for depth in (2, 3, 4, 5)
+            if self.resolution % 2**depth == 0 and (depth == 2 or self.resolution >> depth >= 4)
+        )
 
     @property
     def network(self) -> str:
