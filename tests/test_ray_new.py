@@ -463,6 +463,7 @@ def refused(capsys, *args: str) -> str:
         (["elsewhere"], "elsewhere is no folder"),
         (["mine", "--hours", "0"], "--hours 0 must be above 0"),
         (["mine", "--hours", "nan"], "--hours nan must be above 0"),
+        (["mine", "--hours", "inf"], "--hours inf must be above 0, and finite"),
         (["mine", "--out", "there.yaml"], "there.yaml is there already"),
         (["mine", "--out", "nowhere/a.yaml"], "the folder nowhere of nowhere/a.yaml"),
         (["mine", "--out", "swept.yaml"], "runs/swept holds a sweep"),

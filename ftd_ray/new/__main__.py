@@ -24,7 +24,7 @@ from ftd.expert import Numerics
 from ftd_ray.command import exit_code
 from ftd_ray.config import apply_override, load_config, parse_config
 from ftd_ray.folder import saved_sweep
-from ftd_ray.new.choice import choose, scales_of
+from ftd_ray.new.choice import PHOTOGRAPH, choose, scales_of
 from ftd_ray.new.crew import standing
 from ftd_ray.new.images import Images, images_of
 from ftd_ray.new.pace import Pace, Task
@@ -51,28 +51,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", help="the file to write (default <folder's name>.yaml)")
     parser.add_argument("--address", help="of a Ray cluster; else RAY_ADDRESS, else a local one")
     args = parser.parse_intermixed_args(argv)
-    console = Console(highlight=False)
-    return exit_code("new", lambda: _main(args, console))
+    return exit_code("new", lambda: _main(args))
 
 
-def _main(args: argparse.Namespace, console: Console) -> int:
+def _main(args: argparse.Namespace) -> int:
     if not 0 < args.hours < float("inf"):
         raise UserError(f"--hours {args.hours:g} must be above 0, and finite.")
     out = Path(args.out or f"{Path(args.root).resolve().name or 'images'}.yaml")
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", out.stem).strip("._-") or "images"
     _check_out(out, name)
     dataset, ipc = given(args.root, args.given, name)
+    console = Console(highlight=False)
+    waiting = console if console.is_terminal else Console(stderr=True)  # apart from what is said
 
     def say(*lines: str) -> None:
         for line in lines:
             console.print(line, soft_wrap=True, markup=False)
 
-    with reading(console) as progress:
-        images = images_of(dataset, inspect(dataset, progress))
+    likely = replace(dataset, resolution=dataset.resolution or PHOTOGRAPH)  # its pixels are kept
+    with reading(waiting) as progress:
+        images = images_of(dataset, inspect(likely, progress))
     scales = scales_of(images, ipc)
     say(*saw(images))
     address = args.address or os.environ.get("RAY_ADDRESS")
-    with console.status("measuring, about half a minute"), standing(address) as stand:
+    with waiting.status("measuring, about half a minute"), standing(address) as stand:
         numerics = Numerics.on(stand.crew.device, stand.crew.cpus)
         say(machine(stand.crew, numerics))
 
@@ -85,7 +87,7 @@ def _main(args: argparse.Namespace, console: Console) -> int:
         choice = choose(images, scales, stand.crew, measure, args.hours)
     say(*chose(choice, scales, images))
     dataset = replace(images.dataset, resolution=choice.scale.resolution)
-    with reading(console) as progress:  # into the cache: the sweep has only to open it
+    with reading(waiting) as progress:  # into the cache: the sweep has only to open it
         describe(dataset, progress)
     command = shlex.join(["python", "-m", "ftd_ray.new", args.root, *args.given])
     text = page(choice, images, name, f"{command} --hours {args.hours:g}", args.hours)
