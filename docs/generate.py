@@ -93,6 +93,13 @@ alone: with `tpe` or `gp` it wants many trials.
 `wilcoxon` compares fresh networks one by one with those of the best trial, which had the same
 seeds, and prunes between the distillations of a trial (`repeats`).
 
+**Failed trials.** A trial that fails counts, and is not replaced. When its training or that of its
+experts diverged, samplers and pruners take it for worse than every trial that lived, so that a
+search leaves a corner of its space in which trials diverge; it stays FAIL in the study. Other
+failures say nothing about their point and are passed over. When most of the first trials fail for
+one reason, the sweep says so once, with what those trials have in common and what helps; the report
+and `failures` in `summary.json` say it too.
+
 **Backends.** `resources.expert_backend` and `resources.trial_backend` say how gradients are
 computed. `native` (on CPU) is the ConvNet differentiated by hand over C kernels that are compiled
 once a machine, in seconds, and kept in `$FTD_CACHE` (default `~/.cache/ftd`); it needs a C
@@ -106,13 +113,13 @@ an expert set's key, is written into the sweep's `sweep.yaml`, and stays for `--
 **Optimisers.** `distill.optimiser: sgd` is the paper's. Its learning rates have units: gradients
 scale with the loss, N, M, IPC, the resolution and the experts, so that rates which suit one point
 kill the next (eta becomes negative, the loss leaves the numbers). `rmsprop` descends log L and log
-eta, and divides each image's gradient by its running root mean square: `lr_img` is the change of
-an image in one step, in standard deviations of the pixels (0.03 to 0.1 for some dozen steps, less
-for thousands), eta cannot leave (0, inf), and starts where some segments are matched best. A
-dimension can choose between both, each with its own rates:
+eta, and divides each image's gradient by its running root mean square: `lr_img` is what a class
+changes by in one step, in standard deviations of the pixels (0.03 to 0.3, of which each of its
+images gets an equal part), eta cannot leave (0, inf), and starts where some segments are matched
+best. A dimension can choose between both, each with its own rates:
 
     optimiser: {choice: [sgd, rmsprop]}
-    lr_img: {choice: [0.03, 0.1], when: {optimiser: rmsprop}}
+    lr_img: {choice: [0.03, 0.1, 0.3], when: {optimiser: rmsprop}}
 
 **The average.** `ema_decay` counts in outer steps and starts at the initial images, as the paper's:
 after 200 steps at 0.999 they still are 82 % of it. `ema_share: 0.1` remembers a tenth of the
@@ -148,7 +155,7 @@ TAIL = """\
 |---|---|---|---|
 | complete | COMPLETE | TERMINATED | FINISHED, tag `ftd.state` = complete |
 | pruned | PRUNED | TERMINATED | FINISHED, tags `ftd.state` = pruned and `pruned` |
-| failed | FAIL, user attribute `reason` | ERROR | FAILED, tag `ftd.reason` |
+| failed | FAIL, user attributes `reason` and `diverged` | ERROR | FAILED, tag `ftd.reason` |
 | interrupted, to be resumed | RUNNING | (gone) | KILLED until resumed |
 """
 

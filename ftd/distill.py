@@ -75,8 +75,9 @@ class DistillConfig:
     """Of images, labels and eta. sgd: the paper's, its learning rates depend on everything else.
     rmsprop: descends log L and log eta; its learning rates have no units, and eta stays above 0."""
     lr_img: float | None = None
-    """Learning rate of the images. sgd: None for 100. rmsprop: the change of an image in a step, in
-    standard deviations of the pixels; None for 0.05."""
+    """Learning rate of the images. sgd: None for 100. rmsprop: the change of a class in a step, in
+    standard deviations of the pixels (with ipc images, each changes by an ipc-th of it); None for
+    0.05."""
     lr_lr: float | None = None
     """Learning rate of eta. sgd: None for 1e-7. rmsprop: of log eta; None for 0.05."""
     lr_init: float | None = None
@@ -94,8 +95,8 @@ class DistillConfig:
     labels: str = "hard"
     """hard: class indices. soft: learned, starting from the experts' mean prediction."""
     lr_label: float | None = None
-    """Learning rate of soft label logits. sgd: None for 1. rmsprop: their change in a step, in
-    standard deviations of the first ones; None for 0.05."""
+    """Learning rate of soft label logits. sgd: None for 1. rmsprop: as lr_img, in standard
+    deviations of the first logits; None for 0.05."""
     init: str = "real"
     """real: random training images. noise: standard normal in network space."""
     gradient: str = "rematerialised"
@@ -149,7 +150,7 @@ class DistillConfig:
             if self.optimiser == "rmsprop" and value is not None and value > 1:
                 raise UserError(
                     f"distill.{key}={value:g} with distill.optimiser=rmsprop is a change of "
-                    f"{value:g} {unit} in one step, and 1 is the most. Take 0.02 to 0.1, or mean "
+                    f"{value:g} {unit} in one step, and 1 is the most. Take 0.03 to 0.3, or mean "
                     "optimiser: sgd."
                 )
 
@@ -534,7 +535,7 @@ def _rmsprop(config: DistillConfig, state: DistillState, result: Match) -> Disti
         value: Tensor, grad: Tensor, memory: Descent, scale: Tensor | None, rate: str
     ) -> tuple[Tensor, Descent]:
         assert scale is not None
-        lr, momentum = scale * config.rate(rate), config.momentum
+        lr, momentum = scale * config.rate(rate) / config.ipc, config.momentum
         return rmsprop_step(
             value, grad / result.loss, memory, step=state.step, lr=lr, momentum=momentum
         )

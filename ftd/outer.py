@@ -14,16 +14,17 @@ and the experts, so that rates which suit one configuration are fatal to the nex
 
     g = (dL/dx) / L,  of each image by itself
     s <- beta s + (1 - beta) rms(g)^2;  r = max(sqrt(s / (1 - beta^k)), rms(g))
-    v <- mu v + g / r;  x <- x - lr_img sigma v    likewise y with lr_label
+    v <- mu v + g / r;  x <- x - (lr_img sigma / IPC) v    likewise y with lr_label
     h = clip(eta (dL/deta) / L, -4, 4)
     v <- mu v + h;  u <- u - lr_lr v
 
 This is RMSProp with momentum (Tieleman & Hinton, 2012; torch.optim.RMSprop) with one running mean
 square an image (as Adam-mini's blocks, Zhang et al., ICLR 2025), corrected for its start as Adam's
 (Kingma & Ba, ICLR 2015). sigma is the standard deviation of the pixels in network space (of the
-first logits for y), so ``lr_img`` is the change of an image in one step, in standard deviations,
-and at most that: the maximum in r keeps a gradient that grows suddenly from a leap. d log L /
-d log eta has no unit to begin with and vanishes where eta is right, so it is clipped only.
+first logits for y): ``lr_img`` is what the images of a class change by in one step, taken together,
+in standard deviations, and at most that: the maximum in r keeps a gradient that grows suddenly from
+a leap. d log L / d log eta has no unit to begin with and vanishes where eta is right, so it is only
+clipped.
 """
 
 from dataclasses import dataclass
@@ -62,7 +63,7 @@ def rmsprop_step(
 ) -> tuple[Tensor, Descent]:
     """One step of ``rmsprop`` for values (n, ...): the new values, and what to remember.
 
-    ``grad`` is that of log L; ``step`` counts from 1; ``lr`` is sigma times the learning rate.
+    ``grad`` is that of log L; ``step`` counts from 1; ``lr`` is lr_img sigma / IPC.
     """
     now = grad.square().flatten(1).mean(1)
     before = torch.zeros_like(now) if memory.square is None else memory.square

@@ -88,7 +88,8 @@ class StudyScheduler(DriverOnly, FIFOScheduler):
     def __init__(self, study: SweepStudy, listener: Listener):
         super().__init__()
         self._study, self._listener = study, listener
-        self._reasons: dict[int, str] = {}
+        self._failures: dict[int, tuple[str, bool]] = {}
+        """Why a trial fails, and whether it diverged."""
 
     def on_trial_result(
         self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]
@@ -98,7 +99,7 @@ class StudyScheduler(DriverOnly, FIFOScheduler):
             self._listener.halted(number, result["halt"])
             return TrialScheduler.CONTINUE
         if "failure" in result:
-            self._reasons[number] = result["failure"]
+            self._failures[number] = result["failure"], result["diverged"]
             return TrialScheduler.CONTINUE  # the trial raises at its next step
         report: Report = pickle.loads(result["report"])
         prune = self._report(number, report)
@@ -139,8 +140,8 @@ class StudyScheduler(DriverOnly, FIFOScheduler):
     def _fail(self, trial: TuneTrial) -> None:
         number = _number(trial)
         if self._study.is_live(number):
-            reason = self._reasons.get(number) or _last_line(trial)
-            self._listener.trial_ended(self._study.fail(number, reason))
+            reason, diverged = self._failures.get(number) or (_last_line(trial), False)
+            self._listener.trial_ended(self._study.fail(number, reason, diverged=diverged))
 
 
 class Halt(DriverOnly, Stopper):

@@ -7,6 +7,7 @@ import signal
 import time
 import uuid
 from collections.abc import Iterable
+from dataclasses import asdict
 from typing import Any
 
 import pyarrow as pa
@@ -21,6 +22,7 @@ from ftd_ray.cluster import check_cluster, start_ray
 from ftd_ray.config import SweepConfig
 from ftd_ray.experts.client import BrokerClient
 from ftd_ray.experts.orders import Urgency
+from ftd_ray.failures import diagnose, most_failed
 from ftd_ray.final import FinalEvaluation
 from ftd_ray.mended import other_images
 from ftd_ray.pictures import short_names
@@ -297,6 +299,7 @@ class Sweep:
         if self._pool is not None:
             self._pool.give_back.remote(ended.number, clean=ended.state != "failed")
         self._progress.trial_ended(ended)
+        self._warn_of_failures()
         with contextlib.suppress(UserError, OSError, pa.ArrowException):  # only housekeeping
             forget_checkpoint(self._trial_folder(ended.number))
         self._remember()
@@ -425,6 +428,7 @@ class Sweep:
                 "bytes": self._bytes_of(experts.built),
             },
             "interrupted": self.study.interrupted(),
+            "failures": [asdict(f) for f in diagnose(ended, config.space)],
             "objectives": list(config.search.objectives),
             **({"front": front} if several else {}),
             "budget": self._used(),
@@ -475,6 +479,16 @@ class Sweep:
     def _write_summary(self, summary: dict[str, Any]) -> None:
         text = json.dumps(summary, indent=2) + "\n"
         write_bytes(join(self.config.output_dir, "summary.json"), text.encode())
+
+    def _warn_of_failures(self) -> None:
+        """Says once, over all sessions, that most trials fail for one reason."""
+        if self.study.recall("warned_of_failures"):
+            return
+        trials = self.config.search.trials
+        warning = most_failed(self.study.ended(), self.config.space, trials)
+        if warning is not None:
+            self._say(f"warning    {warning}")
+            self.study.remember("warned_of_failures", True)
 
     def _tell_notes(self) -> None:
         for note in [*self._experts.new_notes(), *self.tracker.new_notes()]:

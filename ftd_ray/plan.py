@@ -86,11 +86,12 @@ class Plan:
     def text(self, lacking: list[str]) -> str:
         """The plan in lines; ``lacking`` are resources that this machine or cluster lacks."""
         c = self.config
+        optimisers = " or ".join(dict.fromkeys(c.values_of("distill.optimiser")))
         lines = [
             *self._data_lines(),
             f"distill    {c.distill.ipc} image{'s' if c.distill.ipc > 1 else ''} per class, "
-            f"{c.experts.network}, {c.distill.iterations} outer steps, augment {c.dataset.strategy}"
-            + (", ZCA" if c.dataset.zca else ""),
+            f"{c.experts.network}, {c.distill.iterations} outer steps by {optimisers}, "
+            f"augment {c.dataset.strategy}" + (", ZCA" if c.dataset.zca else ""),
             *self._search_lines(),
             *self._space_lines(),
             *self._expert_lines(),

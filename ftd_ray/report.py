@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, StrictUndefined, Template
 
+from ftd_ray.failures import patterns
 from ftd_ray.pictures import short_names
 from ftd_ray.pictures.drawing import best_of
 from ftd_ray.pictures.front import words
@@ -115,6 +116,10 @@ def report_html(
         signs=SIGNS,
         facts=_facts(summary),
         headline=_headline(summary, ended, names),
+        failures=[
+            f"{len(f.trials)} trials: {_clipped(str(f))}"
+            for f in patterns(summary.get("failures", ()))
+        ],
         bars=_bars(summary),
         finalists=_finalists(summary),
         front_objectives=[words(o) for o in reached],

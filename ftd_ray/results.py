@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from ftd_ray.failures import patterns
 from ftd_ray.pictures import short_names
 from ftd_ray.progress import describe_params, duration
 from ftd_ray.space import Dimension
@@ -38,6 +39,9 @@ def result_text(summary: dict[str, Any], space: Sequence[Dimension]) -> str:
     ]
     if (limit := summary.get("stopped_by", "trials")) != "trials":
         lines.append(f"the budget of {limit} is spent; with a larger one, --resume goes on")
+    lines += [
+        f"failures    {len(f.trials)} trials: {f}" for f in patterns(summary.get("failures", ()))
+    ]
     if summary["best"] is None:
         lines.append("no trial came to its end, so there is no set. See the reasons above.")
     else:

@@ -41,6 +41,10 @@ DRAWS = 20
 ENUMERATED = 100_000
 """Points among which that one is looked for."""
 
+DIVERGED_PER_LIVED = {"tpe": 9}
+"""Diverged trials that a sampler sees, for each that lived. tpe takes the best tenth of all trials
+for good, also when all have diverged; so none that diverged is ever among them."""
+
 
 def sampler_of(
     search: SearchConfig, space: Sequence[Dimension], seed: int, number: int

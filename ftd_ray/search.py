@@ -26,8 +26,9 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from ftd.errors import UserError
 from ftd.seeds import derive_seed
+from ftd_ray.imputation import DIVERGED, ImputingStorage
 from ftd_ray.presets import StartPoint
-from ftd_ray.samplers import DistinctSampler, pruner_of, sampler_of
+from ftd_ray.samplers import DIVERGED_PER_LIVED, DistinctSampler, pruner_of, sampler_of
 from ftd_ray.sections import SearchConfig
 from ftd_ray.space import Dimension
 from ftd_ray.storage import is_local, join, read_bytes, write_bytes
@@ -109,18 +110,21 @@ class SweepStudy:
         self._space, self._search, self._seed = tuple(space), search, seed
         self._shares = dict(shares or {})
         self._journal = _Journal(join(folder, STUDY_FILE))
+        per_lived = DIVERGED_PER_LIVED.get(search.sampler)
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         try:
+            self._storage = ImputingStorage(_WholeLines(self._journal.path), per_lived=per_lived)
             self.study = optuna.create_study(
                 study_name=name,
-                storage=JournalStorage(_WholeLines(self._journal.path)),
+                storage=self._storage,
                 directions=[
                     "maximize" if o == "accuracy" else "minimize" for o in self._objectives
                 ],
                 load_if_exists=True,
                 pruner=pruner_of(search, every=every, steps=steps),
             )
+            self._id = self._storage.get_study_id_from_name(name)
             if "begun" not in self.study.user_attrs:
                 self._begin(start, earlier)
         except (ValueError, TypeError, KeyError, AssertionError) as error:
@@ -261,9 +265,14 @@ class SweepStudy:
         """The pruner stopped the trial; it keeps its last report, apart from complete ones."""
         return self._tell(number, TrialState.PRUNED)
 
-    def fail(self, number: int, reason: str) -> Ended:
-        """The trial could not go on. It counts, and is not replaced."""
+    def fail(self, number: int, reason: str, *, diverged: bool = False) -> Ended:
+        """The trial could not go on. It counts, and is not replaced.
+
+        Samplers and pruners learn from it if it ``diverged``; any other failure says nothing about
+        its point.
+        """
         self._live[number].set_user_attr("reason", reason)
+        self._live[number].set_user_attr(DIVERGED, diverged)
         return self._tell(number, TrialState.FAIL)
 
     def _tell(self, number: int, state: TrialState) -> Ended:
@@ -330,7 +339,8 @@ class SweepStudy:
         return [t for t in self.ended() if t.state == "complete"]
 
     def _all(self) -> list[FrozenTrial]:
-        return self.study.get_trials(deepcopy=False)
+        """As they are recorded: ``self.study`` shows diverged ones imputed."""
+        return self._storage.recorded(self._id)
 
     def _own(self) -> list[FrozenTrial]:
         return [t for t in self._all() if EARLIER not in t.user_attrs]

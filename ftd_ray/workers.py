@@ -159,9 +159,10 @@ class SweepTrial(tune.Trainable):
     """A trial as Tune sees it; ``config`` is {"order": TrialOrder}.
 
     A report is the result {"report": pickled Report}. A trial that cannot go on says why in
-    {"failure": reason} and raises at the next step, so that Tune books it as an error. When the
-    store or the sweep's folder is out of reach it says {"halt": reason}: that ends the sweep, to
-    be resumed, and is no result of the trial.
+    {"failure": reason, "diverged": whether a training of it or of its experts did} and raises at
+    the next step, so that Tune books it as an error. When the store or the sweep's folder is out of
+    reach it says {"halt": reason}: that ends the sweep, to be resumed, and is no result of the
+    trial.
     """
 
     def setup(self, config: dict[str, Any]) -> None:
@@ -190,7 +191,7 @@ class SweepTrial(tune.Trainable):
                 return {"halt": reason}
             if isinstance(cause, Diverged):  # a trial's own end; the next one may have the worker
                 self._order.pool.give_back.remote(self._order.number, clean=True)
-            return self._fail(reason)
+            return self._fail(reason, diverged=isinstance(cause, Diverged))
         except UserError as error:
             return self._fail(str(error))
         return {"report": report, "done": done}
@@ -241,9 +242,9 @@ class SweepTrial(tune.Trainable):
         with contextlib.suppress(ray.exceptions.RayError):
             ray.get(self._order.pool.give_back.remote(self._order.number, clean=False))
 
-    def _fail(self, reason: str) -> dict[str, Any]:
+    def _fail(self, reason: str, *, diverged: bool = False) -> dict[str, Any]:
         self._failure = reason
-        return {"failure": reason}
+        return {"failure": reason, "diverged": diverged}
 
 
 def run_calls(

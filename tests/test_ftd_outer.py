@@ -225,6 +225,22 @@ def test_a_step_is_in_standard_deviations_of_the_pixels_under_zca_too() -> None:
     torch.testing.assert_close(moved, torch.full((10,), 0.05 * std), rtol=0.02, atol=0)
 
 
+def test_the_images_of_a_class_share_its_change(digits: Dataset, trajectories: InMemory) -> None:
+    network = network_for(NETWORK, digits.description)
+    for ipc in (1, 4):
+        config = replace(RMSPROP, ipc=ipc, labels="soft")
+        start = initial_state(
+            config, digits, trajectories, Gradients(network), epochs=EPOCHS, seed=0
+        )
+        state, _ = run(digits, trajectories, config)[0]
+        moved = (state.images - start.images).square().mean((1, 2, 3)).sqrt()
+        each = 0.05 * start.image_scale / ipc
+        torch.testing.assert_close(moved, each.expand(10 * ipc), rtol=1e-3, atol=0)
+        moved = (state.labels - start.labels).square().mean(1).sqrt()
+        each = 0.05 * start.label_scale / ipc
+        torch.testing.assert_close(moved, each.expand(10 * ipc), rtol=1e-3, atol=0)
+
+
 def test_images_that_no_student_step_saw_do_not_move(
     digits: Dataset, trajectories: InMemory
 ) -> None:

@@ -17,6 +17,7 @@ from ftd_ray.bridge import run_search
 from ftd_ray.cluster import start_ray
 from ftd_ray.config import SearchConfig
 from ftd_ray.experts.orders import ExpertOrder
+from ftd_ray.imputation import DIVERGED
 from ftd_ray.search import Ended, Suggestion, SweepStudy
 from ftd_ray.space import parse_dimension
 from ftd_ray.trial import Report
@@ -140,6 +141,13 @@ def test_pruned_trial_is_no_error_for_tune_and_a_failed_one_is(searched):
     table = searched[2]
     states = Counter("failed" if result.error else "ended" for result in table)
     assert states == {"failed": STATES.count("failed"), "ended": len(STATES) - 1}
+
+
+def test_failed_trial_is_known_to_have_diverged(searched):
+    study = searched[0]
+    attrs = study.frozen(STATES.index("failed")).user_attrs
+    assert attrs["reason"] == "step 1: the loss is not finite"
+    assert attrs[DIVERGED] is True
 
 
 def test_every_report_is_told_once(searched):

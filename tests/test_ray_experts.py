@@ -30,6 +30,7 @@ from ftd.expert import train_expert
 from ftd.trajectory import PART_EPOCHS
 from ftd_ray.experts.broker import broker
 from ftd_ray.experts.build import build_expert
+from ftd_ray.experts.orders import ExpertDiverged
 
 # --- without Ray ----------------------------------------------------------------------------
 
@@ -219,7 +220,7 @@ def test_expert_that_diverges_is_an_error_for_every_asker_and_others_go_on(broke
     wild, tame = order_for(tmp_path, lr=1e30), order_for(tmp_path, count=1)
     asked = [handle.ensure.remote(wild) for _ in range(2)]
     for answer in asked:
-        with pytest.raises(UserError, match="diverged"):
+        with pytest.raises(ExpertDiverged, match="diverged"):
             ray.get(answer, timeout=BOUND)
     assert ray.get(handle.ensure.remote(tame), timeout=BOUND) == [0]
 

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from ftd_ray.report import LONGEST_REASON, report_html
+from ftd_ray.results import result_text
 from ftd_ray.search import Ended
 from ftd_ray.space import parse_dimension
 
@@ -73,6 +74,16 @@ REASON = 'step 4: <script>alert("x")</script> & <img src=x onerror=alert(1)>'
 def point(rho: float, steps: int, labels: str) -> dict[str, Any]:
     return {RHO.key: rho, STEPS.key: steps, LABELS.key: labels}
 
+
+FAILURES = [
+    {
+        "reason": "eta became …, <b>and</b> a learning rate must stay above 0",
+        "trials": [3, 4, 5],
+        "in_common": "all 3 have syn_steps of 10; of those that lived, none of 3",
+        "remedy": "Lower distill.lr_lr.",
+    },
+    {"reason": "its worker was lost", "trials": [6], "in_common": None, "remedy": ""},
+]
 
 ENDED = [
     Ended(0, "complete", point(0.01, 20, "hard"), 0.0991, None, {30: 0.0991}, seconds=1000.4),
@@ -316,6 +327,24 @@ def test_every_end_of_a_sweep_is_told(changes, ended, said):
 def test_interrupted_sweep_is_not_said_to_have_run_all_its_trials():
     changes = {"state": "interrupted", "best": None, "baseline": None, "stopped_by": "trials"}
     assert "all trials ran" not in Reader(page(changes)).text
+
+
+def test_what_failures_have_in_common_is_told_and_single_ones_are_left_to_the_table():
+    read = Reader(page({"failures": FAILURES}))
+    said = (
+        "3 trials: Eta became …, <b>and</b> a learning rate must stay above 0. All 3 have "
+        "syn_steps of 10; of those that lived, none of 3. Lower distill.lr_lr."
+    )
+    assert said in read.text and "Why trials failed" in read.text
+    assert "its worker was lost" not in read.text.lower()
+    assert "Why trials failed" not in Reader(page({"failures": FAILURES[1:]})).text
+
+
+def test_result_on_the_terminal_tells_of_failures_too():
+    lines = result_text(copy.deepcopy(SUMMARY) | {"failures": FAILURES}, SPACE).splitlines()
+    (told,) = (line for line in lines if line.startswith("failures"))
+    assert told.startswith("failures    3 trials: Eta became …, ")
+    assert not any("failures" in line for line in result_text(SUMMARY, SPACE).splitlines())
 
 
 def test_page_of_a_bare_summary_is_whole():

@@ -40,6 +40,7 @@ from ftd.expert import set_key
 from ftd.native.library import kernels
 from ftd.synthetic import SyntheticSet
 from ftd_ray.config import SearchConfig, load_config
+from ftd_ray.imputation import DIVERGED
 from ftd_ray.search import SweepStudy
 from ftd_ray.store import TrajectoryStore
 from ftd_ray.sweep import main
@@ -842,14 +843,22 @@ def test_other_seed_reuses_the_experts_and_gives_another_set(tmp_path, undisturb
 
 @pytest.mark.heavy
 def test_sweep_of_which_every_trial_fails_exits_1_with_the_reasons(tmp_path):
-    write_sweep(tmp_path, tiny(experts__rho=0.01, distill__lr_lr=1e30, search__trials=2))
+    write_sweep(tmp_path, tiny(experts__rho=0.01, distill__lr_lr=1e30, search__trials=3))
     ran = run_sweep(tmp_path, "sweep.yaml")
     assert ran.code == 1, ran.out + ran.err
     summary = summary_of(tmp_path)
     assert summary["state"] == "failed"
-    assert summary["trials"] == {"complete": 0, "pruned": 0, "failed": 2}
+    assert summary["trials"] == {"complete": 0, "pruned": 0, "failed": 3}
     assert summary["best"] is None
-    assert ran.out.count("failed: step") == 2
+    assert ran.out.count("failed: step") == 3
+    (failure,) = summary["failures"]
+    assert failure["trials"] == [0, 1, 2] and "lr_lr" in failure["remedy"]
+    assert ran.out.count("warning    3 of the first 3 trials failed for one reason.") == 1
+    assert "failures    3 trials: " in ran.out
+    assert "3 trials: " in (tmp_path / "runs" / "tiny" / "report.html").read_text()
+    again = run_sweep(tmp_path, "sweep.yaml", "search.trials=4", "--resume")
+    assert again.code == 1, again.out + again.err
+    assert "failures    4 trials: " in again.out and "failed for one reason" not in again.out
     assert [r for r in mlflow_runs(tmp_path) if r.info.status == "RUNNING"] == []
 
 
@@ -858,9 +867,11 @@ def test_experts_that_diverge_fail_their_trials_with_that_reason(tmp_path):
     write_sweep(tmp_path, tiny(experts__lr=1e30, experts__rho=0.01, search__trials=1))
     ran = run_sweep(tmp_path, "sweep.yaml")
     assert ran.code == 1, ran.out + ran.err
-    (ended,) = Done(tmp_path, ran).ended
+    done = Done(tmp_path, ran)
+    (ended,) = done.ended
     assert ended.state == "failed"
     assert "diverged" in ended.reason and "experts.lr" in ended.reason
+    assert done.study.frozen(0).user_attrs[DIVERGED] is True
 
 
 # --- a cluster ------------------------------------------------------------------------------

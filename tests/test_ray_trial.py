@@ -125,10 +125,23 @@ def test_other_seed_or_repeat_distils_another_set(spec_for, change):
     assert not np.array_equal(images(a), images(b))
 
 
+WITHOUT_UNITS = {
+    "distill__optimiser": "rmsprop",
+    "distill__lr_img": 0.05,
+    "distill__lr_lr": 0.05,
+    "distill__lr_init": None,
+    "distill__ema_decay": None,
+    "distill__ema_share": 0.4,
+}
+
+
 @pytest.mark.parametrize("labels", ["hard", "soft"])
+@pytest.mark.parametrize("optimiser", [{}, WITHOUT_UNITS], ids=["sgd", "rmsprop"])
 @pytest.mark.parametrize("after", [1, 2])
-def test_interrupted_trial_goes_on_to_the_bits_of_an_undisturbed_one(spec_for, labels, after):
-    changes = {"distill__iterations": 6, "distill__labels": labels}
+def test_interrupted_trial_goes_on_to_the_bits_of_an_undisturbed_one(
+    spec_for, labels, optimiser, after
+):
+    changes = {"distill__iterations": 6, "distill__labels": labels, **optimiser}
     whole = spec_for("whole", **changes)
     undisturbed = [essence(r) for r in run_trial(whole)]
     spec = spec_for("interrupted", **changes)

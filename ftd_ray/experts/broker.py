@@ -34,6 +34,7 @@ from ftd_ray.experts.fleet import (
     start_actor,
 )
 from ftd_ray.experts.orders import (
+    ExpertDiverged,
     ExpertOrder,
     FleetStatus,
     GpuFull,
@@ -154,7 +155,7 @@ class Broker(Lingering):
     async def ensure(self, order: ExpertOrder) -> list[int]:
         """Waits until the first ``count`` experts have ``epochs`` epochs; returns their numbers.
 
-        Raises UserError when an expert cannot be built.
+        Raises UserError when an expert cannot be built, ExpertDiverged when it diverged.
         """
         self._listening = self._listening or asyncio.create_task(self._drop_the_silent())
         while True:
@@ -260,7 +261,7 @@ class Broker(Lingering):
             job.before = None
         epochs, reason = self._diverged.get((order.key, index), (order.epochs + 1, ""))
         if order.epochs >= epochs:
-            raise UserError(reason)  # it would again: the same seed, the same end
+            raise ExpertDiverged(reason)
         unwanted = Withdrawn(f"expert {index} of set {order.key} is not wanted any more")
         for attempt in range(ATTEMPTS):
             job.fleet = await self._fleet(order)
@@ -289,7 +290,7 @@ class Broker(Lingering):
                     uri = self._store.uri
                     raise place_error(uri, "store.uri", cause, verb="written") from None
                 elif isinstance(cause, Diverged):
-                    raise UserError(str(cause)) from None
+                    raise ExpertDiverged(str(cause)) from None
                 elif isinstance(cause, UserError):
                     raise cause from None
                 else:

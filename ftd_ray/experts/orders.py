@@ -4,11 +4,15 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
 
-from ftd.errors import UserError
+from ftd.errors import Diverged, UserError
 
 
 class GpuFull(UserError):
     """The GPU's memory, or the share of it that an expert may take, does not suffice."""
+
+
+class ExpertDiverged(UserError, Diverged):
+    """An expert that was asked for diverged, and would again: the same seed, the same end."""
 
 
 class Urgency(IntEnum):
