@@ -46,9 +46,9 @@ WIDER = 0.5
 """Effort from which there are trials enough for more values of rho (each is an expert set), for a
 search of the window, and for more learning rates."""
 
-LR_IMG = (0.02, 0.03, 0.05, 0.1)
-"""Change of an image in an outer step, in standard deviations of the pixels. The first one is for
-a wider search, which has more steps."""
+LR_IMG = (0.03, 0.1, 0.3)
+WIDER_LR_IMG = (0.03, 0.06, 0.15, 0.3)
+"""Change of a class in an outer step, in standard deviations of the pixels."""
 
 FINALISTS = {0.0: 1, 0.3: 3, 0.7: 5}
 """Best trials that are compared by the full protocol, from an effort on."""
@@ -142,7 +142,7 @@ def programme(scale: Scale, images: Images, workers: int, effort: float) -> Prog
         syn_steps=(middle - spread, middle, middle + spread),
         expert_epochs=segments,
         windows=tuple(sorted({-(-starts // 4), -(-starts // 2), starts})) if wider else (starts,),
-        lr_img=LR_IMG if wider else LR_IMG[1:],
+        lr_img=WIDER_LR_IMG if wider else LR_IMG,
         iterations=iterations,
         every=iterations // (9 if iterations >= FINE_RUNGS else 3),
         trials=trials,

@@ -105,7 +105,7 @@ def chose(choice: Choice, scales: Sequence[Scale], images: Images) -> list[str]:
         "the student to follow in N",
         f"distill    {plural(p.scale.ipc, 'image')} per class, N {_values(p.syn_steps)}, window "
         f"{_values(p.windows)}, {p.iterations} outer steps by rmsprop:",
-        f"           it suits any images, a step moves them by {_values(p.lr_img)} standard "
+        f"           it suits any images, a step moves a class by {_values(p.lr_img)} standard "
         "deviations",
         f"search     {p.trials} trials, {p.concurrency} at a time, {p.startup_trials} at random "
         f"first; asha prunes two thirds after {p.every} steps",
