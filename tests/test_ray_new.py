@@ -270,7 +270,7 @@ def test_more_time_is_used_for_more_search_then_for_larger_networks_and_images()
 def test_faster_machines_search_more():
     slow, fast = (chosen(images(), 0.3, slower=s) for s in (2, 0.5))
     assert slow.effort < fast.effort
-    many = chosen(images(), 0.3, crew=replace(CREW, workers=16))
+    many = chosen(images(), 0.3, crew=replace(CREW, workers=16, node_memory=10**11))
     assert many.programme.trials >= 32
     assert many.programme.concurrency == 16
 
@@ -305,8 +305,8 @@ def test_hours_that_do_not_suffice_are_refused_with_those_that_do():
 def test_workers_are_as_many_as_memory_has_room_for():
     crew = replace(CREW, workers=8, node_memory=3 * 10**9)
     choice = chosen(images(), 1, crew=crew)
-    assert (choice.crew.workers, choice.memory) == (3, 10**9)
-    assert choice.programme.concurrency == 3
+    assert (choice.crew.workers, choice.memory) == (2, 10**9)
+    assert choice.programme.concurrency == 2
     with pytest.raises(UserError, match="takes more memory than there is"):
         chosen(images(), 1, crew=replace(CREW, node_memory=10**8))
 
@@ -362,7 +362,7 @@ def test_pace_is_measured_by_the_real_work(monkeypatch, ipc):
     monkeypatch.setattr(pacing, "SLICE_SECONDS", 1e-9)
     task = Task(
         network="ConvNetD2W8", channels=1, resolution=8, classes=3, ipc=ipc, batch_size=4,
-        augment="none", numerics=Numerics.on("cpu", 1),
+        images=24, augment="none", numerics=Numerics.on("cpu", 1),
     )  # fmt: skip
     pace = measure(task)
     assert min(pace.plain, pace.flat, pace.step, pace.fresh, pace.classify) > 0
@@ -423,7 +423,7 @@ def test_what_is_said_fits_a_terminal():
         choice = chosen(mine, hours, crew=crew)
         lines = [
             *saw(mine),
-            machine(crew),
+            machine(crew, Numerics.on("cuda", 1)),
             *(measured(s, pace_at(s), mine) for s in scales),
             *chose(choice, scales, mine),
             *written(Path("images-of-mine.yaml"), "ray://head:10001", crew),
@@ -463,10 +463,12 @@ def refused(capsys, *args: str) -> str:
         (["elsewhere"], "elsewhere is no folder"),
         (["mine", "--hours", "0"], "--hours 0 must be above 0"),
         (["mine", "--hours", "nan"], "--hours nan must be above 0"),
+        (["mine", "--hours", "inf"], "--hours inf must be above 0, and finite"),
         (["mine", "--out", "there.yaml"], "there.yaml is there already"),
         (["mine", "--out", "nowhere/a.yaml"], "the folder nowhere of nowhere/a.yaml"),
         (["mine", "--out", "swept.yaml"], "runs/swept holds a sweep"),
         (["mine", "search.trials=3"], "only keys of dataset and distill.ipc"),
+        (["mine", "dataset.root=one"], "only keys of dataset and distill.ipc"),
         (["mine", "distill.ipc={choice: [1, 2]}"], "distill.ipc must have one value"),
         (["mine", "distill.ipc=9"], "distill.ipc=9 must lie from 1 to 8"),
         (["mine", "dataset.resolution=30"], "dataset.resolution=30 does not do"),

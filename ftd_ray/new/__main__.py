@@ -9,7 +9,6 @@ import os
 import re
 import shlex
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,8 +24,8 @@ from ftd.expert import Numerics
 from ftd_ray.command import exit_code
 from ftd_ray.config import apply_override, load_config, parse_config
 from ftd_ray.folder import saved_sweep
-from ftd_ray.new.choice import choose, scales_of
-from ftd_ray.new.crew import Crew, standing
+from ftd_ray.new.choice import PHOTOGRAPH, choose, scales_of
+from ftd_ray.new.crew import standing
 from ftd_ray.new.images import Images, images_of
 from ftd_ray.new.pace import Pace, Task
 from ftd_ray.new.page import page
@@ -52,31 +51,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", help="the file to write (default <folder's name>.yaml)")
     parser.add_argument("--address", help="of a Ray cluster; else RAY_ADDRESS, else a local one")
     args = parser.parse_intermixed_args(argv)
-    console = Console(highlight=False)
-    return exit_code("new", lambda: _main(args, console))
+    return exit_code("new", lambda: _main(args))
 
 
-def _main(args: argparse.Namespace, console: Console) -> int:
+def _main(args: argparse.Namespace) -> int:
     if not 0 < args.hours < float("inf"):
         raise UserError(f"--hours {args.hours:g} must be above 0, and finite.")
     out = Path(args.out or f"{Path(args.root).resolve().name or 'images'}.yaml")
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", out.stem).strip("._-") or "images"
     _check_out(out, name)
     dataset, ipc = given(args.root, args.given, name)
+    console = Console(highlight=False)
+    waiting = console if console.is_terminal else Console(stderr=True)  # apart from what is said
 
     def say(*lines: str) -> None:
         for line in lines:
             console.print(line, soft_wrap=True, markup=False)
 
-    with reading(console) as progress:
-        images = images_of(dataset, inspect(dataset, progress))
+    likely = replace(dataset, resolution=dataset.resolution or PHOTOGRAPH)  # its pixels are kept
+    with reading(waiting) as progress:
+        images = images_of(dataset, inspect(likely, progress))
     scales = scales_of(images, ipc)
     say(*saw(images))
-    with standing(args.address or os.environ.get("RAY_ADDRESS")) as stand:
-        say(machine(stand.crew))
+    address = args.address or os.environ.get("RAY_ADDRESS")
+    with waiting.status("measuring, about half a minute"), standing(address) as stand:
+        numerics = Numerics.on(stand.crew.device, stand.crew.cpus)
+        say(machine(stand.crew, numerics))
 
         def measure(scale: Scale) -> Pace | None:
-            pace = stand.pace(_task(scale, images, stand.crew))
+            pace = stand.pace(_task(scale, images, numerics))
             if pace is not None:
                 say(measured(scale, pace, images))
             return pace
@@ -84,7 +87,7 @@ def _main(args: argparse.Namespace, console: Console) -> int:
         choice = choose(images, scales, stand.crew, measure, args.hours)
     say(*chose(choice, scales, images))
     dataset = replace(images.dataset, resolution=choice.scale.resolution)
-    with reading(console) as progress:  # into the cache: the sweep has only to open it
+    with reading(waiting) as progress:  # into the cache: the sweep has only to open it
         describe(dataset, progress)
     command = shlex.join(["python", "-m", "ftd_ray.new", args.root, *args.given])
     text = page(choice, images, name, f"{command} --hours {args.hours:g}", args.hours)
@@ -109,7 +112,7 @@ def _check_out(out: Path, name: str) -> None:
         )
 
 
-def _task(scale: Scale, images: Images, crew: Crew) -> Task:
+def _task(scale: Scale, images: Images, numerics: Numerics) -> Task:
     return Task(
         network=scale.network,
         channels=images.channels,
@@ -117,23 +120,27 @@ def _task(scale: Scale, images: Images, crew: Crew) -> Task:
         classes=images.classes,
         ipc=scale.ipc,
         batch_size=batch_size_for(sum(images.train)),
+        images=len(images.found.sizes),
         augment=images.dataset.strategy,
-        numerics=Numerics.on(crew.device, crew.cpus),
+        numerics=numerics,
     )
 
 
 def write(out: Path, text: str) -> None:
     """Writes the file whole or not at all, and over no other. Raises UserError."""
+    beside = out.with_name(f".{out.name}-{os.getpid()}")
     try:
-        with tempfile.NamedTemporaryFile("w", dir=out.parent, prefix=f".{out.name}-") as file:
-            file.write(text)
-            file.flush()
-            load_config(file.name)
-            os.link(file.name, out)
+        beside.write_text(text)
+        load_config(beside)
+        os.link(beside, out)
     except FileExistsError:
         raise UserError(f"{out} is there now. Give another file by --out.") from None
     except OSError as error:
-        raise UserError(f"{out} cannot be written: {error.strerror}. Give another file.") from error
+        raise UserError(
+            f"{out} cannot be written: {error.strerror}. Give another file by --out."
+        ) from error
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def given(root: str, overrides: Sequence[str], name: str) -> tuple[DatasetConfig, int | None]:
@@ -143,10 +150,10 @@ def given(root: str, overrides: Sequence[str], name: str) -> tuple[DatasetConfig
     tree = {"name": name, "dataset": dataset, "distill": distill, "search": {"trials": 1}}
     for override in overrides:
         key = override.partition("=")[0]
-        if not (key.startswith("dataset.") or key == "distill.ipc"):
+        if key == "dataset.root" or not (key.startswith("dataset.") or key == "distill.ipc"):
             raise UserError(
-                f"{override!r}: only keys of dataset and distill.ipc can be given, the others are "
-                "chosen. Change them in the file."
+                f"{override!r}: only keys of dataset and distill.ipc can be given; the rest is "
+                "chosen. Change it in the file."
             )
         apply_override(tree, override)
     config = parse_config(tree)

@@ -37,6 +37,9 @@ MANY = 10
 MEMORY_MARGIN = 1.25
 """On the memory that a worker took while it was measured."""
 
+MEMORY_FILLED = 0.95
+"""Share of a node's memory that its workers together may book: trials that wait book a little."""
+
 GPU_FILLED = 0.92
 """Share of a GPU's memory that its workers together may fill."""
 
@@ -173,7 +176,7 @@ def _guessed(pace: Pace, before: Scale, scale: Scale) -> Pace:
 
 def _fitting(crew: Crew, pace: Pace) -> Crew | None:
     """As many of the crew as memory has room for; None if not even one."""
-    on_a_node = min(crew.on_a_node, crew.node_memory // _memory(pace))
+    on_a_node = min(crew.on_a_node, int(MEMORY_FILLED * crew.node_memory) // _memory(pace))
     gpus = crew.gpus
     if gpus:
         on_a_gpu = min(round(1 / gpus), math.floor(GPU_FILLED / pace.gpu_share))

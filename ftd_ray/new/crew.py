@@ -144,7 +144,7 @@ def standing(address: str | None) -> Iterator[Stand]:
                 f"no worker of {crew.cpus} CPU found a place within {START_SECONDS} s. Is the "
                 "cluster busy? Wait for its work to end, or give another --address."
             )
-        standing = replace(crew, workers=len(ready), start=time.monotonic() - began)
-        yield Stand(standing, [waiting[ref] for ref in ready])
+        crew = replace(crew, workers=len(ready), start=time.monotonic() - began)
+        yield Stand(crew, [waiting[ref] for ref in ready])
     finally:
         ray.shutdown()

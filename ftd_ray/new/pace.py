@@ -52,6 +52,8 @@ class Task:
     ipc: int
     batch_size: int
     """Of experts."""
+    images: int
+    """In the whole data set, which lies on a GPU."""
     augment: str
     numerics: Numerics
 
@@ -90,7 +92,7 @@ def measure(task: Task) -> Pace:
         fresh=_seconds_each(_fresh_networks(task, data, gradients)) / FRESH_EPOCHS,
         classify=_seconds_each(_classified(data, gradients)) / CLASSIFIED,
         memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        gpu_share=_gpu_share(device),
+        gpu_share=_gpu_share(task, device),
     )
 
 
@@ -188,9 +190,10 @@ def _noise(task: Task, device: torch.device) -> Dataset:
     return Dataset(description, task.augment, normalisation, train, val, val)
 
 
-def _gpu_share(device: torch.device) -> float:
+def _gpu_share(task: Task, device: torch.device) -> float:
     if device.type != "cuda":
         return 0.0
     context = 600 * 2**20  # of CUDA itself, which PyTorch does not count
+    pixels = task.images * task.channels * task.resolution**2
     _, total = torch.cuda.mem_get_info(device)
-    return float(torch.cuda.max_memory_reserved(device) + context) / total
+    return float(torch.cuda.max_memory_reserved(device) + context + pixels) / total

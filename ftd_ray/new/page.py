@@ -34,8 +34,9 @@ def page(choice: Choice, images: Images, name: str, command: str, hours: float) 
         "resources": _resources(choice),
     }
     f = choice.forecast
+    readable = command.encode(errors="backslashreplace").decode()  # names of any bytes
     head = (
-        f"Written by `{command}` for {sum(images.train)} training images in {images.classes} "
+        f"Written by `{readable}` for {sum(images.train)} training images in {images.classes} "
         f"classes: about {duration(f.total)} on {choice.crew.workers} workers."
     )
     return "\n".join(
@@ -104,7 +105,11 @@ def _distill(choice: Choice) -> list[Line]:
         ("max_start_epoch", window, f"segments start below it and end by epoch {p.epochs}"),
         ("iterations", p.iterations, "outer steps"),
         ("optimiser", "rmsprop", "its learning rates suit any images"),
-        ("lr_img", {"choice": list(p.lr_img)}, "a step's change, in standard deviations"),
+        (
+            "lr_img",
+            {"choice": list(p.lr_img)},
+            "of a class in a step, in standard deviations",
+        ),
         ("ema_share", 0.1, "what is kept averages a tenth of the steps"),
     ]
 

@@ -46,9 +46,9 @@ WIDER = 0.5
 """Effort from which there are trials enough for more values of rho (each is an expert set), for a
 search of the window, and for more learning rates."""
 
-LR_IMG = (0.02, 0.03, 0.05, 0.1)
-"""Change of an image in an outer step, in standard deviations of the pixels. The first one is for
-a wider search, which has more steps."""
+LR_IMG = (0.03, 0.1, 0.3)
+WIDER_LR_IMG = (0.03, 0.06, 0.15, 0.3)
+"""Change of a class in an outer step, in standard deviations of the pixels."""
 
 FINALISTS = {0.0: 1, 0.3: 3, 0.7: 5}
 """Best trials that are compared by the full protocol, from an effort on."""
@@ -60,7 +60,7 @@ pruned after a ninth of them, and reports still cost less than steps."""
 
 @dataclass(frozen=True, order=True, kw_only=True)
 class Scale:
-    """What one step of the work is: a network on images of one size."""
+    """What one step of the work is: a network on images of one size, a multiple of 4 pixels."""
 
     resolution: int
     width: int
@@ -68,13 +68,12 @@ class Scale:
 
     @property
     def depth(self) -> int:
-        """Halvings, down to a map of 4 pixels; of images below 16 pixels to 2."""
-        depth = 1
-        while self.resolution % 2 ** (depth + 1) == 0 and self.resolution >> (depth + 1) >= (
-            4 if depth > 1 else 2
-        ):
-            depth += 1
-        return depth
+        """Halvings: two, and as many more as leave a map of 4 pixels."""
+        return max(
+            depth
+            for depth in (2, 3, 4, 5)
+            if self.resolution % 2**depth == 0 and (depth == 2 or self.resolution >> depth >= 4)
+        )
 
     @property
     def network(self) -> str:
@@ -143,7 +142,7 @@ def programme(scale: Scale, images: Images, workers: int, effort: float) -> Prog
         syn_steps=(middle - spread, middle, middle + spread),
         expert_epochs=segments,
         windows=tuple(sorted({-(-starts // 4), -(-starts // 2), starts})) if wider else (starts,),
-        lr_img=LR_IMG if wider else LR_IMG[1:],
+        lr_img=WIDER_LR_IMG if wider else LR_IMG,
         iterations=iterations,
         every=iterations // (9 if iterations >= FINE_RUNGS else 3),
         trials=trials,

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from ftd.expert import Numerics
 from ftd_ray.new.choice import Choice
 from ftd_ray.new.crew import Crew
 from ftd_ray.new.images import Images
@@ -58,19 +59,20 @@ def _oddities(images: Images) -> Iterator[str]:
         head = f"left out   {plural(len(found.unreadable), 'file')} that cannot be read:"
         yield _naming(head, [f"{_end(u.where)} ({u.reason})" for u in found.unreadable])
     if found.duplicates:
-        head = f"twins      {plural(len(found.duplicates), 'image')} held out and in train too:"
+        many = plural(len(found.duplicates), "image")
+        head = f"twins      {many} held out and in train too, which flatters accuracies:"
         yield _naming(head, [_end(one) for one, _ in found.duplicates])
     if not (found.unreadable or found.duplicates):
         yield "checked    every file can be read, and none that is held out is in train too"
 
 
-def machine(crew: Crew) -> str:
+def machine(crew: Crew, numerics: Numerics) -> str:
     """The line before those of ``measured``."""
     gpu = f" and {crew.gpus:.2g} GPU" if crew.gpus else ""
     where = f" on {crew.nodes} nodes" if crew.nodes > 1 else ""
     return (
-        f"measured   {plural(crew.workers, 'worker')} of {crew.cpus} CPU{gpu}{where}, all at work "
-        "at once:"
+        f"measured   {plural(crew.workers, 'worker')} of {crew.cpus} CPU{gpu}{where}, gradients "
+        f"{numerics.backend}, all at work at once:"
     )
 
 
@@ -103,7 +105,7 @@ def chose(choice: Choice, scales: Sequence[Scale], images: Images) -> list[str]:
         "the student to follow in N",
         f"distill    {plural(p.scale.ipc, 'image')} per class, N {_values(p.syn_steps)}, window "
         f"{_values(p.windows)}, {p.iterations} outer steps by rmsprop:",
-        f"           it suits any images, a step moves them by {_values(p.lr_img)} standard "
+        f"           it suits any images, a step moves a class by {_values(p.lr_img)} standard "
         "deviations",
         f"search     {p.trials} trials, {p.concurrency} at a time, {p.startup_trials} at random "
         f"first; asha prunes two thirds after {p.every} steps",
