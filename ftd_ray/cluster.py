@@ -43,7 +43,7 @@ def start_ray(address: str | None) -> None:
         ray.init(
             log_to_driver=False, logging_level=logging.ERROR, configure_logging=True, **options
         )
-    except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+    except Exception as error:  # Ray has no class of its own for a start that failed
         if address is None:
             raise UserError(f"Ray could not be started here ({error}).") from error
         raise _unreachable(address, error) from error

@@ -25,7 +25,7 @@ MOST_ON_A_NODE = 16
 
 MOST_ON_A_GPU = 4
 
-START_SECONDS = 60
+PLACE_SECONDS = 60
 """In which a worker has found its place; those that have not are done without."""
 
 
@@ -138,10 +138,10 @@ def standing(address: str | None) -> Iterator[Stand]:
         size = {"num_cpus": crew.cpus, "num_gpus": crew.gpus, "scheduling_strategy": "SPREAD"}
         actors = [ray.remote(Measurer).options(**size).remote() for _ in range(crew.workers)]
         waiting = {actor.ready.remote(): actor for actor in actors}
-        ready, _ = ray.wait(list(waiting), num_returns=len(actors), timeout=START_SECONDS)
+        ready, _ = ray.wait(list(waiting), num_returns=len(actors), timeout=PLACE_SECONDS)
         if not ready:
             raise UserError(
-                f"no worker of {crew.cpus} CPU found a place within {START_SECONDS} s. Is the "
+                f"no worker of {crew.cpus} CPU found a place within {PLACE_SECONDS} s. Is the "
                 "cluster busy? Wait for its work to end, or give another --address."
             )
         crew = replace(crew, workers=len(ready), start=time.monotonic() - began)
