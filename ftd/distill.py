@@ -76,8 +76,8 @@ class DistillConfig:
     rmsprop: descends log L and log eta; its learning rates have no units, and eta stays above 0."""
     lr_img: float | None = None
     """Learning rate of the images. sgd: None for 100. rmsprop: the change of a class in a step, in
-    standard deviations of the pixels (with ipc images, each changes by an ipc-th of it); None for
-    0.05."""
+    standard deviations of the pixels, before momentum (with ipc images, each changes by an ipc-th
+    of it); None for 0.05."""
     lr_lr: float | None = None
     """Learning rate of eta. sgd: None for 1e-7. rmsprop: of log eta; None for 0.05."""
     lr_init: float | None = None
@@ -424,10 +424,12 @@ def distill(
                 f"{_WITHOUT_UNITS if config.optimiser == 'sgd' else ''}."
             )
         if record.syn_lr <= 0:
+            remedy = f"Lower distill.lr_lr={config.lr_lr:g}"
+            if config.optimiser == "sgd":
+                remedy += f", or raise lr_init={config.lr_init:g}{_WITHOUT_UNITS}"
             raise Diverged(
                 f"step {step}: eta became {record.syn_lr:g}, and a learning rate must stay above "
-                f"0. Lower distill.lr_lr={config.lr_lr:g}, or raise lr_init={config.lr_init:g}"
-                f"{_WITHOUT_UNITS}."
+                f"0. {remedy}."
             )
         yield state, record
 

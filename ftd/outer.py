@@ -21,10 +21,10 @@ and the experts, so that rates which suit one configuration are fatal to the nex
 This is RMSProp with momentum (Tieleman & Hinton, 2012; torch.optim.RMSprop) with one running mean
 square an image (as Adam-mini's blocks, Zhang et al., ICLR 2025), corrected for its start as Adam's
 (Kingma & Ba, ICLR 2015). sigma is the standard deviation of the pixels in network space (of the
-first logits for y): ``lr_img`` is what the images of a class change by in one step, taken together,
-in standard deviations, and at most that: the maximum in r keeps a gradient that grows suddenly from
-a leap. d log L / d log eta has no unit to begin with and vanishes where eta is right, so it is only
-clipped.
+first logits for y): ``lr_img`` is what a gradient changes the images of a class by, taken together,
+in standard deviations, and momentum makes at most lr_img / (1 - mu) of it in one step, since the
+maximum in r keeps a gradient that grows suddenly from a leap. d log L / d log eta has no unit to
+begin with and vanishes where eta is right, so it is only clipped.
 """
 
 from dataclasses import dataclass

@@ -55,15 +55,10 @@ RULED_TOGETHER = (
         "distill.labels",
         "distill.lr_label",
     ),
-    (
-        "distill.optimiser",
-        "distill.lr_img",
-        "distill.lr_lr",
-        "distill.labels",
-        "distill.lr_label",
-        "distill.ema_decay",
-        "distill.ema_share",
-    ),
+    ("distill.optimiser", "distill.lr_img"),
+    ("distill.optimiser", "distill.lr_lr"),
+    ("distill.optimiser", "distill.labels", "distill.lr_label"),
+    ("distill.ema_decay", "distill.ema_share"),
 )
 """Keys that a rule reads together; every other key is ruled by its own values alone."""
 

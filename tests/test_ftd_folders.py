@@ -334,10 +334,70 @@ def test_class_of_unreadable_images_alone_is_named(tmp_path: Path) -> None:
 
 def test_file_that_may_not_be_read_is_listed(tmp_path: Path) -> None:
     root = plain(tmp_path / "set")
-    (root / "cat" / "away.png").symlink_to(root / "nowhere.png")
-    assert describe(config_of(root)).sizes == (14, 2, 4)  # a link to nowhere is no file
     (root / "cat" / "photo.heic").write_bytes(b"\0\0\0\x18ftypheic")
     assert "cat/photo.heic (not an image)" in refused(config_of(root))
+
+
+def test_link_to_nowhere_is_listed_and_its_file_taken_when_it_comes(tmp_path: Path) -> None:
+    root = plain(tmp_path / "set")
+    (root / "cat" / "away.png").symlink_to(tmp_path / "fetched.png")
+    (root / "cat" / "notes").symlink_to(tmp_path / "nowhere")
+    assert "1 of 21 images" in (message := refused(config_of(root)))
+    assert "cat/away.png (a link to nowhere)" in message
+    image(7).save(tmp_path / "fetched.png")
+    assert sum(describe(config_of(root)).sizes) == 21
+
+
+def test_links_to_themselves_are_no_accident(tmp_path: Path) -> None:
+    root = plain(tmp_path / "set")
+    (root / "cat" / "round.png").symlink_to("round.png")
+    (root / "round").symlink_to("round")
+    config = config_of(root, on_unreadable="skip")
+    assert [u.where for u in describe(config).unreadable] == ["cat/round.png"]
+
+
+def test_link_to_a_folder_above_takes_in_no_other_class(tmp_path: Path) -> None:
+    root = lay(tmp_path / "set", train={"cat": 5, "dog": 5}, test={"cat": 3, "dog": 3})
+    for target in (root, root / "train", tmp_path):
+        link = root / "train" / "cat" / f"up{len(target.parts)}"
+        link.symlink_to(target)
+    found = inspect(config_of(root))
+    assert found.counts == {"train": (5, 5), "test": (3, 3)}
+
+
+def test_disk_that_would_not_give_a_file_is_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = plain(tmp_path / "set")
+    read = Path.read_bytes
+
+    def withheld(path: Path) -> bytes:
+        if path.name == "003.png" and path.parent.name == "cat":
+            raise PermissionError(13, "Permission denied")
+        return read(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", withheld)
+        assert "cat/003.png (Permission denied)" in refused(config_of(root))
+    assert sum(describe(config_of(root)).sizes) == 20
+
+
+def test_names_that_read_alike_are_one_class(tmp_path: Path) -> None:
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    root = lay(tmp_path / "set", train={composed: 5, "dog": 5}, test={decomposed: 3, "dog": 3})
+    d = describe(config_of(root))
+    assert d.class_names == (composed, "dog")
+    assert d.counts[2] == (3, 3)
+
+
+def test_labels_that_are_no_classes_are_refused_before_there_are_millions(tmp_path: Path) -> None:
+    cell = io.BytesIO()
+    image(0).save(cell, "PNG")
+    images = pa.array([{"bytes": cell.getvalue()}] * 4)
+    table = pa.table({"image": images, "label": pa.array([0, 1, 2, 2_000_000_000])})
+    pq.write_table(table, tmp_path / "train-0.parquet")
+    message = refused(config_of(tmp_path, "parquet"))
+    assert "a label is 2000000000, and there are 4 images" in message
 
 
 # --- once -----------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from ftd.distill import (
 from ftd.errors import Diverged, UserError
 from ftd.expert import ExpertConfig, network_for, train_expert
 from ftd.gradients import Gradients
-from ftd.matching import match_direct, matching_loss, unroll
+from ftd.matching import GRADIENTS, Match, match_direct, matching_loss, unroll
 from ftd.outer import LOG_LR_CLIP, Descent, log_lr_step, rmsprop_step
 from ftd.seeds import generator
 
@@ -195,6 +195,18 @@ def test_it_lives_where_sgd_dies(digits: Dataset, trajectories: InMemory) -> Non
         run(digits, backwards, replace(SMALL, lr_lr=5.0))
     steps = run(digits, backwards, replace(RMSPROP, lr_init=0.05, lr_lr=1.0, iterations=20))
     assert len(steps) == 20 and all(r.syn_lr > 0 for _, r in steps)
+
+
+def test_an_eta_that_runs_into_zero_stops_with_that_reason(
+    digits: Dataset, trajectories: InMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def steep(*args: Any) -> Match:
+        return Match(torch.tensor(1.0), torch.zeros(10, 1, 8, 8), None, torch.tensor(1e30))
+
+    monkeypatch.setitem(GRADIENTS, "rematerialised", steep)
+    config = replace(RMSPROP, lr_lr=1.0, momentum=0.9, iterations=40)
+    with pytest.raises(Diverged, match=r"step \d+: eta became 0, .* Lower distill\.lr_lr=1\.$"):
+        run(digits, trajectories, config)
 
 
 @pytest.mark.parametrize("lr_init", [1e-6, 1.0])

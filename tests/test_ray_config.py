@@ -1011,6 +1011,12 @@ def test_rates_of_sgd_are_refused_where_a_point_takes_rmsprop():
     assert message.startswith("distill.lr_img=10 with distill.optimiser=rmsprop")
 
 
+def test_fine_rates_together_are_no_space_that_is_too_large():
+    fine = {"float": [1e-3, 0.9], "log": True, "levels": 60}
+    config = parse_config(tiny(distill__lr_img=fine, distill__lr_lr=fine, distill__ema_decay=fine))
+    assert len(config.space) == 4
+
+
 def test_a_sweep_without_units_says_how_it_differs_from_a_preset():
     tree = tiny(
         distill__optimiser="rmsprop",

@@ -398,6 +398,22 @@ def test_written_sweep_passes_a_dry_run_as_it_is(here, capsys, name):
     assert f"{choice.programme.trials} trials" in said.out
 
 
+@pytest.mark.parametrize("name", ["2024", "2024-05-01", "007", "yes", "null", "1e5"])
+def test_sweep_may_be_named_by_what_yaml_takes_for_something_else(here, name):
+    mine = images()
+    write(here / f"{name}.yaml", page(chosen(mine, 1), mine, name, "python -m ftd_ray.new", 1))
+    assert yaml.safe_load((here / f"{name}.yaml").read_text())["name"] == name
+
+
+def test_what_is_of_no_class_is_named_and_many_names_take_no_time():
+    mine = images()
+    many = tuple((f"test/{i}.png", f"train/{i}.png") for i in range(200_000))
+    found = replace(mine.found, unused=("2 images directly in dataset.root",), duplicates=many)
+    lines = saw(replace(mine, found=found))
+    assert "not used   2 images directly in dataset.root" in lines
+    assert any("200000" in line.replace(",", "") for line in lines)
+
+
 def test_every_line_of_the_file_fits_and_most_say_why():
     mine = images()
     for hours in (0.2, 1, 24):

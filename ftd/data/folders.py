@@ -6,6 +6,7 @@ by its name, hidden files, and folders without an image are passed over.
 
 import hashlib
 import os
+import unicodedata
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -95,12 +96,13 @@ def source_of_folder(
 
 def image_files(folder: Path) -> Iterator[Path]:
     """All image files below a folder, sorted, each folder's own before those of its folders."""
-    return _image_files(folder, ())
+    ways = (Path(os.path.realpath(folder)), Path(os.path.realpath(folder.parent)) / folder.name)
+    return _image_files(folder, tuple(str(above) for way in ways for above in way.parents))
 
 
 def _image_files(folder: Path, above: tuple[str, ...]) -> Iterator[Path]:
     real = os.path.realpath(folder)
-    if real in above:  # a link to a folder that it lies in
+    if real in above:  # a link to a folder that it lies in, with images of other classes
         return
     for entry in _entries(folder, files=True):
         if _is_image(entry.name):
@@ -110,7 +112,10 @@ def _image_files(folder: Path, above: tuple[str, ...]) -> Iterator[Path]:
 
 
 def _entries(folder: Path, *, files: bool) -> list[os.DirEntry[str]]:
-    """Files or folders in a folder by name, without what is hidden or left by machines."""
+    """Files or folders in a folder by name, without what is hidden or left by machines.
+
+    Links that lead nowhere count as files: whoever reads them is told.
+    """
     with os.scandir(folder) as entries:
         return sorted(
             (
@@ -118,15 +123,22 @@ def _entries(folder: Path, *, files: bool) -> list[os.DirEntry[str]]:
                 for e in entries
                 if not e.name.startswith(".")
                 and e.name not in STRAYS
-                and (e.is_file() if files else e.is_dir())
+                and (os.path.isdir(e.path) != files)
+                and (os.path.isdir(e.path) or os.path.isfile(e.path) or e.is_symlink())
             ),
             key=lambda e: e.name,
         )
 
 
 def _classes(folder: Path) -> dict[str, list[Path]]:
-    """Class -> its image files; a folder without any is no class."""
-    found = {e.name: list(image_files(Path(e.path))) for e in _entries(folder, files=False)}
+    """Class -> its image files; a folder without any is no class.
+
+    Names that read alike are one, however accents are written: Macs compose them otherwise.
+    """
+    found: dict[str, list[Path]] = {}
+    for entry in _entries(folder, files=False):
+        name = unicodedata.normalize("NFC", entry.name)
+        found.setdefault(name, []).extend(image_files(Path(entry.path)))
     return {name: files for name, files in found.items() if files}
 
 

@@ -24,6 +24,8 @@ class Inspection:
     unreadable: tuple[Unreadable, ...]
     duplicates: tuple[tuple[str, str], ...]
     """An image of val or test, and an image of train that is the same file or the same picture."""
+    unused: tuple[str, ...] = ()
+    """Images and folders of images that are of no part and no class."""
 
 
 def inspect(config: DatasetConfig, progress: Progress | None = None) -> Inspection:
@@ -46,4 +48,5 @@ def inspect(config: DatasetConfig, progress: Progress | None = None) -> Inspecti
         grey=found["grey"],
         unreadable=unreadable_of(facts),
         duplicates=tuple((one, other) for one, other in found["duplicates"]),
+        unused=tuple(facts["unused"]),
     )

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import PIL
 
 from ftd.data.cache import GrowingArray, growing_array, read_json, write_json
 from ftd.data.config import DatasetConfig
@@ -37,6 +38,9 @@ Report = dict[str, Any]
 
 Progress = Callable[[int, int], None]
 """Called with images done and images in all."""
+
+WITHHELD = b"withheld"
+"""In place of the SHA-256 of a file that is there and could not be read."""
 
 AHEAD = 16
 """Images for each core that are read or waiting to be taken."""
@@ -107,13 +111,13 @@ def _pass(config: DatasetConfig, source: Source, progress: Progress | None) -> t
     """Looks at every image, and keeps what it found."""
     key = _stamp(config)  # only now: to open a source may download it
     if source.files is None or config.resolution is None:
-        facts, found = _look(source, config.resolution, None, progress)
+        facts, found, settled = _look(source, config.resolution, None, progress)
     else:
         resolution = config.resolution
         shape = (source.channels, resolution, resolution)
         with growing_array(shape, lambda: pixel_key(facts, resolution)) as array:
-            facts, found = _look(source, resolution, array, progress)
-    if key is not None:
+            facts, found, settled = _look(source, resolution, array, progress)
+    if key is not None and settled:
         write_json(f"{key}-images", found)
         write_json(key, facts)
     return facts, found
@@ -124,8 +128,13 @@ def _look(
     resolution: int | None,
     array: GrowingArray | None,
     progress: Progress | None,
-) -> tuple[Facts, Report]:
-    n = len(source.labels)
+) -> tuple[Facts, Report, bool]:
+    """Facts, report, and whether they hold as long as the files are as they are.
+
+    A file that its disk would not give may be read the next time, with the same name, size and
+    time.
+    """
+    n, settled = len(source.labels), True
     readable, hashes = np.ones(n, bool), list[bytes | None]()
     unreadable, sizes, grey, special = [], [], 0, False
     of_train: dict[bytes, str] = {}
@@ -136,6 +145,7 @@ def _look(
         if isinstance(found, str):
             unreadable.append((where, found))
             readable[i] = False
+            settled &= content != WITHHELD
             hashes.append(None)
             continue
         hashes.append(content)
@@ -162,7 +172,7 @@ def _look(
         "unused": source.unused,
     }
     duplicates = [(where, twin) for where, twin in twins if twin is not None]
-    return facts, {"sizes": sizes, "grey": grey, "duplicates": duplicates}
+    return facts, {"sizes": sizes, "grey": grey, "duplicates": duplicates}, settled
 
 
 def _decoded(source: Source, resolution: int | None) -> Iterator[tuple[str, bytes, Decoded | str]]:
@@ -179,8 +189,10 @@ def _decoded(source: Source, resolution: int | None) -> Iterator[tuple[str, byte
     def one(file: ImageFile) -> tuple[str, bytes, Decoded | str]:
         try:
             data = file.read()
+        except FileNotFoundError:
+            return file.where, b"", "a link to nowhere"
         except OSError as error:
-            return file.where, b"", error.strerror or str(error)
+            return file.where, WITHHELD, error.strerror or str(error)
         content = hashlib.sha256(data).digest()
         try:
             return file.where, content, decode(data, resolution)
@@ -217,10 +229,10 @@ def _stamp(config: DatasetConfig) -> str | None:
     root = Path(config.root or ".")
     if not root.is_dir():
         return None
-    what = ["stamp-2", config.name, str(root.resolve()), config.columns]
+    what = ["stamp-3", config.name, str(root.resolve()), config.columns, PIL.__version__]
     h = hashlib.sha256(json.dumps(what, sort_keys=True).encode())
     for file in entry.files(root):
-        with contextlib.suppress(FileNotFoundError):  # a link to nowhere
+        with contextlib.suppress(OSError):  # a link to nowhere
             stat = os.stat(file)
             h.update(os.fsencode(file) + f"\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
     return h.hexdigest()[:32]

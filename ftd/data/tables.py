@@ -182,6 +182,12 @@ def _numbered(
         return np.asarray([number[str(label)] for label in labels], np.int64), tuple(words)
     if labels.min() < 0:
         raise UserError(f"dataset.root={config.root}: a label is below 0. Labels count from 0.")
+    if not names and labels.max() >= len(labels):
+        raise UserError(
+            f"dataset.root={config.root}: a label is {labels.max()}, and there are {len(labels)} "
+            "images, too few for so many classes. Labels count from 0; set dataset.columns="
+            "{label: ...} to the column that has them."
+        )
     names = names or tuple(str(i) for i in range(int(labels.max()) + 1))
     if labels.max() >= len(names):
         raise UserError(

@@ -5,15 +5,17 @@ hours. Exit codes: 0 the file is written, 2 usage, or images or hours that do no
 """
 
 import argparse
+import contextlib
 import os
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from rich.console import Console
 
 from ftd.data import DATASETS, DatasetConfig, describe
@@ -69,7 +71,7 @@ def _main(args: argparse.Namespace) -> int:
             console.print(line, soft_wrap=True, markup=False)
 
     likely = replace(dataset, resolution=dataset.resolution or PHOTOGRAPH)  # its pixels are kept
-    with reading(waiting) as progress:
+    with _readable(args.root), reading(waiting) as progress:
         images = images_of(dataset, inspect(likely, progress))
     scales = scales_of(images, ipc)
     say(*saw(images))
@@ -87,13 +89,25 @@ def _main(args: argparse.Namespace) -> int:
         choice = choose(images, scales, stand.crew, measure, args.hours)
     say(*chose(choice, scales, images))
     dataset = replace(images.dataset, resolution=choice.scale.resolution)
-    with reading(waiting) as progress:  # into the cache: the sweep has only to open it
+    with (
+        _readable(args.root),
+        reading(waiting) as progress,
+    ):  # into the cache: the sweep has only to open it
         describe(dataset, progress)
     command = shlex.join(["python", "-m", "ftd_ray.new", args.root, *args.given])
     text = page(choice, images, name, f"{command} --hours {args.hours:g}", args.hours)
     write(out, text)
     say(*written(out, args.address, choice.crew))
     return 0
+
+
+@contextlib.contextmanager
+def _readable(root: str) -> Iterator[None]:
+    """A folder or a table that its disk does not give is one clear line."""
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{root} cannot be read ({error}). Mend it, or take it out.") from error
 
 
 def _check_out(out: Path, name: str) -> None:
@@ -132,7 +146,13 @@ def write(out: Path, text: str) -> None:
     try:
         beside.write_text(text)
         load_config(beside)
-        os.link(beside, out)
+        try:
+            os.link(beside, out)
+        except FileExistsError:
+            raise
+        except OSError:  # a disk without links
+            out.open("x").close()
+            beside.replace(out)
     except FileExistsError:
         raise UserError(f"{out} is there now. Give another file by --out.") from None
     except OSError as error:

@@ -46,7 +46,7 @@ def page(choice: Choice, images: Images, name: str, command: str, hours: float) 
             "# docs/configuration.md describes every key. Any value can be given on the command",
             "# line behind the file, as in distill.ipc=10; the time changes with it.",
             "",
-            f"name: {name}",
+            f"name: {_word(name)}",
             "seed: 0",
             *(line for title, lines in sections.items() for line in _section(title, lines)),
             "",
@@ -163,6 +163,12 @@ def _section(title: str, lines: Sequence[Line]) -> list[str]:
         f"{w:{column}}# {comment}" if comment else w
         for w, (_, _, comment) in zip(written, lines, strict=True)
     ]
+
+
+def _word(text: str) -> str:
+    """A text in quotes where YAML would take it for something else, as 2024 or yes."""
+    written = _value(text)
+    return written if written == text and text[0].isalpha() else f"'{text}'"
 
 
 def _value(value: Any) -> str:

@@ -62,6 +62,8 @@ def _oddities(images: Images) -> Iterator[str]:
         many = plural(len(found.duplicates), "image")
         head = f"twins      {many} held out and in train too, which flatters accuracies:"
         yield _naming(head, [_end(one) for one, _ in found.duplicates])
+    if found.unused:
+        yield _naming("not used  ", found.unused)
     if not (found.unreadable or found.duplicates):
         yield "checked    every file can be read, and none that is held out is in train too"
 
@@ -145,7 +147,7 @@ def _values(values: Sequence[float]) -> str:
 
 def _naming(head: str, names: Sequence[str]) -> str:
     """A line that ends in as many names as fit, and how many more there are."""
-    for shown in range(len(names), 0, -1):
+    for shown in range(min(len(names), WIDTH), 0, -1):
         more = f" and {len(names) - shown} more" if shown < len(names) else ""
         line = f"{head} {', '.join(names[:shown])}{more}"
         if len(line) <= WIDTH:
