@@ -321,7 +321,7 @@ def render(results: dict[str, Any]) -> list[str]:
         + f"; {EXPERTS} experts of {EPOCHS} epochs; initial eta 0.01 for SGD, searched by rmsprop.",
     ]
     if results["missing"]:
-        lines.append(f"{results['missing']} data sets were not there.")
+        lines.append(f"Not measured: {results['missing']} of the benchmark's cases.")
     if results["curves"]:
         lines += [
             "",
