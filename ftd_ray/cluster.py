@@ -14,15 +14,15 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ftd.errors import UserError
 from ftd_ray.config import SweepConfig
 from ftd_ray.experts.room import capacity
+from ftd_ray.local import ask_for_token
 from ftd_ray.plan import lacking
 from ftd_ray.storage import is_local, join, write_bytes
 
 
 def start_ray(address: str | None) -> None:
     """Joins or starts Ray, quietly: what is worth saying, the driver says itself."""
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled" if address is None else "")
-    if not os.environ["RAY_AUTH_MODE"]:
-        del os.environ["RAY_AUTH_MODE"]
+    if address is None:
+        ask_for_token()
     for key, value in {
         "RAY_DEDUP_LOGS": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -53,7 +53,7 @@ def start_ray(address: str | None) -> None:
 
 def _check_answers(address: str) -> None:
     """Ray tries for minutes to reach a cluster that is not there."""
-    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    host, colon, port = address.rpartition(":")
     if not colon or not port.isdigit():  # such as auto
         return
     try:
