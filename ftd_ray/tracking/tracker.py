@@ -163,6 +163,14 @@ class Tracker:
         """Where a browser finds the sweep's trials as charts, below the server's address."""
         return trials_path(self.experiment_id, self.parent_id)
 
+    def interrupt(self) -> None:
+        """Has all runs end as KILLED before anything else is sent. Any thread may call it.
+
+        It neither waits nor ends the tracker: ``finish`` does.
+        """
+        if self.parent_id:
+            self._outbox.put_first(partial(self._runs.interrupt_all, _now()))
+
     def finish(self, status: str) -> None:
         """Ends the parent and whatever still runs below it: FINISHED, FAILED or KILLED.
 
