@@ -8,7 +8,7 @@ import warnings
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import AuthenticationError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ftd.errors import UserError
@@ -43,6 +43,12 @@ def start_ray(address: str | None) -> None:
         ray.init(
             log_to_driver=False, logging_level=logging.ERROR, configure_logging=True, **options
         )
+    except AuthenticationError as error:
+        raise UserError(
+            f"the Ray cluster at {address or 'this machine'} asks for another token, or for one at "
+            "all. Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to the file that its nodes have "
+            "(else it is ~/.ray/auth_token)."
+        ) from error
     except Exception as error:  # Ray has no class of its own for a start that failed
         if address is None:
             raise UserError(f"Ray could not be started here ({error}).") from error
