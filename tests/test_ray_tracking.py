@@ -623,6 +623,8 @@ def test_interrupt_ends_all_runs_before_anything_else_is_sent(uri, opened):
     assert [r.info.status for r in look.runs("experts")] == ["KILLED"]
     ends = ["FINISHED", "KILLED", "FINISHED", "KILLED"]
     assert [r.info.status for r in look.runs()] == ends
+    states = ["complete", "interrupted", "complete", "interrupted"]
+    assert [r.data.tags["ftd.state"] for r in look.runs()] == states
     assert [look.history(r) for r in look.runs()] == [[(5, report(5).val_accuracy)]] * 4
     tracker.finish("KILLED")
     assert tracker.unsent == 0

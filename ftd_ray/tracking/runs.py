@@ -125,6 +125,8 @@ class Runs:
         inputs: Sequence[DatasetInput],
         start: int,
     ) -> None:
+        if self._interrupted and "ftd.state" in tags:
+            tags = tags | {"ftd.state": "interrupted"}
         known = self.known.get(target)
         if known is not None and self._reopen(known):
             self._client.log_batch(known, tags=[RunTag(*t) for t in tags.items()])

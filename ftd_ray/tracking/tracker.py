@@ -54,6 +54,7 @@ class Tracker:
         except Exception as error:  # MLflow lets errors of requests and sqlalchemy through
             raise self._silent(error) from error
         self._left = 0
+        self._interrupted = False
         self._outbox = Outbox("MLflow", transient, self._runs.blames)
         self._names: dict[str, str] = {}
         self._found: dict[int, Run] = {}
@@ -168,7 +169,8 @@ class Tracker:
 
         It neither waits nor ends the tracker: ``finish`` does.
         """
-        if self.parent_id:
+        if self.parent_id and not self._interrupted:
+            self._interrupted = True
             self._outbox.put_first(partial(self._runs.interrupt_all, _now()))
 
     def finish(self, status: str) -> None:
