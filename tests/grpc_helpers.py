@@ -5,7 +5,7 @@ import socket
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 DATA, HEADERS, SETTINGS = 0, 1, 4
 END_STREAM, END_HEADERS = 1, 4
-OK, UNAUTHENTICATED = "0", "16"
+OK, UNIMPLEMENTED, UNAUTHENTICATED = "0", "12", "16"
 
 
 def grpc_status(port: int, method: str, **headers: str) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from grpc_helpers import OK, UNAUTHENTICATED, grpc_status
+from grpc_helpers import OK, UNAUTHENTICATED, UNIMPLEMENTED, grpc_status
 from ray_helpers import environment, running_sweep, tiny, wait_until, write_sweep
 from s3_helpers import free_port
 
@@ -27,11 +27,12 @@ from ftd.errors import UserError
 from ftd_ray import sweep
 from ftd_ray.command import ray_address
 from ftd_ray.local import MODE, TOKEN, TOKEN_PATH, ask_for_token
+from ftd_ray.ui import serving
 
 CALLS = {
     "gcs": "/ray.rpc.NodeInfoGcsService/GetAllNodeInfo",
     "raylet": "/ray.rpc.NodeManagerService/GetSystemConfig",
-    "objects": "/ray.rpc.ObjectManagerService/FreeObjects",
+    "objects": "/ray.rpc.ObjectManagerService/Pull",
     "worker": "/ray.rpc.CoreWorkerService/GetCoreWorkerStats",
 }
 """A call that each kind of server takes, if only from those who have the token."""
@@ -208,20 +209,31 @@ def test_local_sweep_is_its_own_users_alone(tmp_path):
 
         ((_, port),) = sockets[gcs]
         assert_refuses_strangers(f"127.0.0.1:{port}", home)
-        answers = set()
+        answers: dict[str, set[str]] = {}
         for p, found in sockets.items():
             for _, port in found:
-                kinds = {"raylet": ("raylet", "objects")}.get(kind_of(p), (kind_of(p),))
-                for kind in kinds:
-                    if kind == "agent":
-                        assert http_status(port, "/get_or_create_runtime_env") in (401, 403)
-                    elif kind in CALLS:
-                        assert grpc_status(port, CALLS[kind]) == UNAUTHENTICATED, kind
-                    answers.add(kind)
-        assert answers >= {"gcs", "raylet", "worker"}
+                if kind_of(p) == "agent":
+                    assert http_status(port, "/get_or_create_runtime_env") in (401, 403)
+                else:
+                    said = {method: grpc_status(port, method) for method in CALLS.values()}
+                    assert set(said.values()) <= {UNAUTHENTICATED, UNIMPLEMENTED}
+                    refused = {m for m, status in said.items() if status == UNAUTHENTICATED}
+                    answers.setdefault(kind_of(p), set()).update(refused)
+        assert answers["gcs"] >= {CALLS["gcs"]}
+        assert answers["raylet"] >= {CALLS["raylet"], CALLS["objects"]}
+        assert answers["worker"] >= {CALLS["worker"]}
         allowed = f"Bearer {token}"
         assert grpc_status(port_of(gcs), CALLS["gcs"], authorization=allowed) == OK
         assert process.poll() is None  # nothing of all this did it any harm
+
+
+@pytest.mark.heavy
+def test_page_of_mlflow_is_on_this_machine_alone(tmp_path):
+    port = free_port()
+    with serving(f"sqlite:///{tmp_path / 'mlflow.db'}", port) as server:
+        wait_until("MLflow's server", server.answers, seconds=180, every=0.2)
+        below = psutil.Process().children(recursive=True)
+        assert {place for p in below for place in listening(p)} == {("127.0.0.1", port)}
 
 
 def port_of(process: psutil.Process) -> int:

@@ -15,7 +15,6 @@ import pytest
 from mlflow import MlflowClient
 from ray_helpers import (
     environment,
-    finished,
     run_sweep,
     running_sweep,
     tiny,
@@ -138,8 +137,6 @@ def test_sweep_stopped_as_a_job_goes_on_to_exact_counts(lab):
         while process.poll() is None and time.monotonic() < end:
             time.sleep(0.05)
         process.kill()
-    assert "--resume" in finished(lab.folder, 0).out
-    assert not any(status == "RUNNING" for _, status in lab.statuses())
     resumed = run_sweep(lab.folder, "sweep.yaml", "--resume", env=lab.environment, timeout=600)
     assert resumed.code == 0, resumed.out + resumed.err
     trials, _ = read_study(lab.runs) or ([], None)
