@@ -3,10 +3,32 @@
 import asyncio
 import hashlib
 import time
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+import ftd
+import ftd_ray
+
+
+def digest(*packages: ModuleType) -> str:
+    """Of the sources of packages, wherever they are installed."""
+    summed = hashlib.sha256()
+    for package in packages:
+        folder = Path(str(package.__file__)).parent
+        sources = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*.py")}
+        for name in sorted(sources):
+            content = hashlib.sha256(sources[name].read_bytes()).hexdigest()
+            summed.update(f"{package.__name__} {name} {content}\n".encode())
+    return summed.hexdigest()
+
+
+CODE = digest(ftd, ftd_ray)
+"""Names what this process runs, so it is taken as early as can be: files may change later. An actor
+that was left by another version of the code has another name, and is not spoken to."""
 
 NAMESPACE = "ftd"
 IDLE_SECONDS = 600
@@ -35,8 +57,8 @@ class Lingering:
 
 
 def actor_name(kind: str, *args: Any, node: str | None = None) -> str:
-    """The name of the shared actor with these arguments."""
-    text = "\0".join(map(repr, (*args, node)))
+    """The name of the shared actor of this code with these arguments."""
+    text = "\0".join(map(repr, (CODE, *args, node)))
     return f"ftd-{kind}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 

@@ -8,21 +8,21 @@ import warnings
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import AuthenticationError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ftd.errors import UserError
 from ftd_ray.config import SweepConfig
 from ftd_ray.experts.room import capacity
+from ftd_ray.local import ask_for_token
 from ftd_ray.plan import lacking
 from ftd_ray.storage import is_local, join, write_bytes
 
 
 def start_ray(address: str | None) -> None:
     """Joins or starts Ray, quietly: what is worth saying, the driver says itself."""
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled" if address is None else "")
-    if not os.environ["RAY_AUTH_MODE"]:
-        del os.environ["RAY_AUTH_MODE"]
+    if address is None:
+        ask_for_token()
     for key, value in {
         "RAY_DEDUP_LOGS": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -43,6 +43,12 @@ def start_ray(address: str | None) -> None:
         ray.init(
             log_to_driver=False, logging_level=logging.ERROR, configure_logging=True, **options
         )
+    except AuthenticationError as error:
+        raise UserError(
+            f"the Ray cluster at {address or 'this machine'} asks for another token, or for one at "
+            "all. Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to the file that its nodes have "
+            "(else it is ~/.ray/auth_token)."
+        ) from error
     except Exception as error:  # Ray has no class of its own for a start that failed
         if address is None:
             raise UserError(f"Ray could not be started here ({error}).") from error
@@ -53,7 +59,7 @@ def start_ray(address: str | None) -> None:
 
 def _check_answers(address: str) -> None:
     """Ray tries for minutes to reach a cluster that is not there."""
-    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    host, colon, port = address.rpartition(":")
     if not colon or not port.isdigit():  # such as auto
         return
     try:

@@ -101,6 +101,7 @@ class Sweep:
         """Runs to the end; returns the exit code. Raises UserError or Interrupted."""
         start_ray(address)
         self._signals.arm()  # Ray has taken SIGTERM for itself
+        self._signals.at_once(self._keep_state)
         self._phase("start of Ray")
         try:
             check_cluster(self.config)
@@ -128,10 +129,10 @@ class Sweep:
                 self.tracker.finish("FAILED")
                 raise
             finally:
-                self._experts.end()
-                self._usage.end()
                 if hasattr(self, "study"):
                     self._close_study()
+                self._experts.end()
+                self._usage.end()
         finally:
             ray.shutdown()
         print()
@@ -467,14 +468,25 @@ class Sweep:
                 total += sum(part.bytes for part in manifest.parts) if manifest else 0
         return total
 
+    def _keep_state(self) -> None:
+        """What has to be done first: whoever stops a job, such as Ray, kills it 3 s later.
+
+        Called where a signal comes too, beside whatever this process waits for.
+        """
+        self.tracker.interrupt()
+        if hasattr(self, "study"):
+            with contextlib.suppress(UserError, OSError, pa.ArrowException):  # told when it closes
+                self.study.sync(force=True)
+
     def _interrupted(self) -> None:
+        self._keep_state()
+        done = len(self.study.ended()) if hasattr(self, "study") else 0
+        self._say(f"interrupted with {done} of {self.config.search.trials} trials done. Go on by:")
+        self._say(f"  {self._command}")
         with contextlib.suppress(Exception):
             self._write_summary(self._summary("interrupted"))
         self.tracker.finish("KILLED")
         self._tell_notes()
-        done = len(self.study.ended()) if hasattr(self, "study") else 0
-        self._say(f"interrupted with {done} of {self.config.search.trials} trials done. Go on by:")
-        self._say(f"  {self._command}")
 
     def _write_summary(self, summary: dict[str, Any]) -> None:
         text = json.dumps(summary, indent=2) + "\n"

@@ -11,6 +11,7 @@ import contextlib
 import os
 import shutil
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -362,7 +363,10 @@ class SweepStudy:
         return {k.removeprefix(prefix): v for k, v in kept if k.startswith(prefix)}
 
     def sync(self, *, force: bool = False) -> None:
-        """Puts the journal where it belongs, at once or if that was not done lately."""
+        """Puts the journal where it belongs, at once or if that was not done lately.
+
+        Any thread may call it.
+        """
         self._journal.sync(force=force)
 
     def close(self) -> None:
@@ -431,6 +435,7 @@ class _Journal:
     def __init__(self, uri: str):
         self._uri = None if is_local(uri) else uri
         self._synced, self._size = 0.0, -1
+        self._lock = threading.Lock()
         if self._uri is None:
             self.path = uri.removeprefix("file://")
             _drop_torn_line(self.path)
@@ -444,11 +449,12 @@ class _Journal:
         now = time.monotonic()
         if self._uri is None or not (force or now - self._synced > SYNC_SECONDS):
             return
-        size = os.path.getsize(self.path)
-        if size != self._size:
-            with open(self.path, "rb") as f:
-                write_bytes(self._uri, f.read())
-        self._synced, self._size = now, size
+        with self._lock:
+            size = os.path.getsize(self.path)
+            if size != self._size:
+                with open(self.path, "rb") as f:
+                    write_bytes(self._uri, f.read())
+            self._synced, self._size = now, size
 
     def close(self) -> None:
         if self._uri is not None:

@@ -67,14 +67,15 @@ class Shipment:
     config: DatasetConfig
     fingerprint: str
     node: str
+    name: str = field(compare=False, repr=False)
+    """Of the data server, as the driver calls it: nodes may have other code."""
     facts: dict[str, Any] = field(compare=False, repr=False)
 
     def fill(self, what: str, out: np.ndarray) -> None:
         """Fetches an array, some chunks ahead."""
         rows = max(1, CHUNK_BYTES // max(1, out[:1].nbytes))
-        name = actor_name("data", self.config, self.fingerprint, node=self.node)
         try:
-            server = ray.get_actor(name, namespace=NAMESPACE)
+            server = ray.get_actor(self.name, namespace=NAMESPACE)
         except ValueError as error:
             raise _not_arrived(error) from error
         try:
@@ -99,7 +100,9 @@ class Shipment:
 def ship(config: DatasetConfig) -> Shipment:
     """Opens the data set on this node for all others. Raises UserError when it is not there."""
     node = ray.get_runtime_context().get_node_id()
-    shipment = Shipment(config, describe(config).fingerprint, node, {})
+    fingerprint = describe(config).fingerprint
+    name = actor_name("data", config, fingerprint, node=node)
+    shipment = Shipment(config, fingerprint, node, name, {})
     try:
         return replace(shipment, facts=ray.get(shipment.server().open.remote()))
     except RayTaskError as error:

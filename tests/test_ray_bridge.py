@@ -86,11 +86,9 @@ class Told:
 
 @pytest.fixture(scope="module", autouse=True)
 def _ray() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        start_ray(None)
-        yield
-        ray.shutdown()
+    start_ray(None)
+    yield
+    ray.shutdown()
 
 
 @pytest.fixture(scope="module")

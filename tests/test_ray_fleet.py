@@ -79,7 +79,6 @@ QUICK_TO_NOTICE = {
 def head() -> Iterator[Cluster]:
     """A cluster whose head has no room for experts; tests add nodes to it and remove them."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.delenv("RAY_ADDRESS", raising=False)
         for key, value in QUICK_TO_NOTICE.items():
             patch.setenv(key, value)

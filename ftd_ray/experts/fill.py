@@ -43,6 +43,7 @@ class Fill:
         began = time.monotonic()
         start_ray(address)
         self._signals.arm()  # Ray has taken SIGTERM for itself
+        self._signals.at_once(self.tracker.interrupt)
         state = "FAILED"
         try:
             check_cluster(self.config, experts_only=True)
@@ -60,9 +61,9 @@ class Fill:
             self._say("interrupted. What is trained is in the store; the same command goes on.")
             raise
         finally:
+            self.tracker.finish(state)
             self._client.end()
             self._usage.end()
-            self.tracker.finish(state)
             self._tell_notes()
             ray.shutdown()
         sets = self._client.status.sets.values()
