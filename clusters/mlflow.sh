@@ -24,16 +24,18 @@ if answers; then
     exit 0
 fi
 python "$here/backup.py" restore "$database" "$place"
-setsid nohup mlflow server --host 127.0.0.1 --port "$port" \
+# Without the workers for language models, which take as long to start as all the rest.
+export MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false
+setsid nohup python -m mlflow server --host 127.0.0.1 --port "$port" --workers 1 \
     --backend-store-uri "sqlite:///$database" --artifacts-destination "${ARTIFACTS:-$place/artifacts}" \
     >"$database.server.log" 2>&1 </dev/null &
 setsid nohup python "$here/backup.py" watch "$database" "$place" --every "${EVERY:-300}" \
     >"$database.backup.log" 2>&1 </dev/null &
-for _ in $(seq 120); do
+for _ in $(seq 300); do
     if answers; then
         exit 0
     fi
     sleep 1
 done
-echo "mlflow.sh: MLflow did not start within two minutes. See $database.server.log." >&2
+echo "mlflow.sh: MLflow did not start within five minutes. See $database.server.log." >&2
 exit 1

@@ -113,9 +113,7 @@ def test_both_kinds_of_worker_are_the_same_but_for_spot(written):
     assert spot["node_config"] == demand["node_config"]
 
 
-def workers_for(
-    prepared: dict, gpus: int, unavailable: tuple[str, ...] = (), refused: tuple[str, ...] = ()
-) -> dict[str, int]:
+def workers_for(prepared: dict, gpus: int, unavailable: tuple[str, ...] = ()) -> dict[str, int]:
     """What Ray's autoscaler would start for so many demands of a GPU, from nothing.
 
     ``unavailable``: kinds whose nodes did not come up just now.
@@ -130,7 +128,7 @@ def workers_for(
             disable_launch_config_check=True,
             max_num_nodes=config.get_max_num_nodes(),
             resource_requests=[demand],
-            recoverable_resource_availabilities={name: 0.0 for name in unavailable},
+            recoverable_resource_availabilities=dict.fromkeys(unavailable, 0.0),
         )
     )
     return {launch.instance_type: launch.count for launch in reply.to_launch}

@@ -1,11 +1,14 @@
 """The files in clusters/ agree with Ray's schema, KubeRay's fields and this project.
 
-KubeRay's own schema is a megabyte and in no package, so the names of fields stand here, as KubeRay's
-API reference has them. That Kubernetes would take the values is not checked.
+KubeRay's own schema is a megabyte and in no package, so the names of fields stand here, as its API
+reference has them. That Kubernetes would take the values is not checked.
 """
 
 import json
+import os
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -57,13 +60,15 @@ def blocks(text: str) -> list[tuple[str, str]]:
         line, first = lines[number], number
         depth = len(line) - len(line.lstrip())
         number += 1
-        if not line.strip() or line.lstrip().startswith("#") and not line.startswith("#SBATCH"):
+        if not line.strip() or (line.lstrip().startswith("#") and not line.startswith("#SBATCH")):
             continue
         if re.search(r"[>|]-?$", line):
             while number < len(lines) and (
                 not lines[number].strip()
-                or len(lines[number]) - len(lines[number].lstrip()) > depth
-                and not lines[number].lstrip().startswith("#")
+                or (
+                    len(lines[number]) - len(lines[number].lstrip()) > depth
+                    and not lines[number].lstrip().startswith("#")
+                )
             ):
                 number += 1
             marks = lines[first - 1 : first] + lines[number : number + 1]
@@ -154,6 +159,15 @@ def test_on_prem_waits_for_no_autoscaler() -> None:
     prepared = prepare_config(read("on-prem.yaml"))
     [kind] = prepared["available_node_types"].values()
     assert kind["min_workers"] == len(prepared["provider"]["worker_ips"]) == 2
+
+
+@pytest.mark.parametrize("script", sorted(CLUSTERS.glob("*.sh")), ids=lambda p: p.name)
+def test_scripts_are_sound_to_the_eye_of_shellcheck(script: Path) -> None:
+    if not shutil.which("shellcheck"):
+        pytest.skip("shellcheck is not installed")
+    found = subprocess.run(["shellcheck", str(script)], capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout
+    assert os.access(script, os.X_OK)
 
 
 def unknown(kind: str, tree: dict) -> set[str]:
