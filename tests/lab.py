@@ -124,7 +124,7 @@ class Host:
         """Ends all that runs on it at once, without a word."""
         if self._holder is not None:
             self._holder.kill()
-            self._holder.wait(timeout=60)
+            self._holder.communicate(timeout=60)
             wait_until("the end of a host", lambda: not psutil.pid_exists(self.pid), seconds=60)
             self._holder, self.pid = None, 0
 
