@@ -220,7 +220,8 @@ def test_an_eta_that_runs_into_zero_stops_with_that_reason(
     digits: Dataset, trajectories: InMemory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def steep(*args: Any) -> Match:
-        return Match(torch.tensor(1.0), torch.zeros(10, 1, 8, 8), None, 1 / args[5].clamp_min(1e-37))
+        slope = 1 / args[5].clamp_min(1e-37)
+        return Match(torch.tensor(1.0), torch.zeros(10, 1, 8, 8), None, slope)
 
     monkeypatch.setitem(GRADIENTS, "rematerialised", steep)
     config = replace(RMSPROP, lr_lr=1.0, momentum=0.9, iterations=40)
