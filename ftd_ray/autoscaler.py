@@ -6,19 +6,23 @@ start. In Kubernetes it runs beside the head, whose own start command then has `
 """
 
 import contextlib
+import functools
 import math
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import ray
 import yaml
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+T = TypeVar("T")
 
 OPTION = "--autoscaling-config"
 LOOK_SECONDS = 60
@@ -114,29 +118,39 @@ def look(gcs_address: str) -> Autoscaler | None:
     return None
 
 
-_known: dict[str, tuple[float, Autoscaler | None]] = {}
-"""Address of a cluster -> when it was looked at, and what was seen."""
+def of_late(find: Callable[[], T]) -> Callable[[], T | None]:
+    """Remembers for a minute what was found of the cluster that this process has joined.
 
+    While the cluster does not answer, what was found before holds.
+    """
+    known: dict[str, tuple[float, T | None]] = {}
 
-def find_autoscaler() -> Autoscaler | None:
-    """The autoscaler of the cluster that this process has joined, as of a minute ago at most."""
-    context = ray.get_runtime_context()
-    address = context.gcs_address
-    when, found = _known.get(address, (-math.inf, None))
-    if time.monotonic() - when < LOOK_SECONDS:
-        return found
-    head = head_node()
-    if head in (None, context.get_node_id()):
-        found = look(address)
-    else:
-        place = NodeAffinitySchedulingStrategy(head, soft=False)
-        task = ray.remote(look).options(num_cpus=0, scheduling_strategy=place).remote(address)
-        with contextlib.suppress(RayError):  # the head is busy: what was seen before holds
-            found = ray.get(task, timeout=ANSWER_SECONDS)
-    _known[address] = time.monotonic(), found
+    @functools.wraps(find)
+    def found() -> T | None:
+        address = ray.get_runtime_context().gcs_address
+        when, what = known.get(address, (-math.inf, None))
+        if time.monotonic() - when >= LOOK_SECONDS:
+            with contextlib.suppress(RayError):
+                what = find()
+            known[address] = time.monotonic(), what
+        return what
+
     return found
 
 
+@of_late
+def find_autoscaler() -> Autoscaler | None:
+    """The autoscaler of the cluster that this process has joined."""
+    context = ray.get_runtime_context()
+    head = head_node()
+    if head in (None, context.get_node_id()):
+        return look(context.gcs_address)
+    place = NodeAffinitySchedulingStrategy(head, soft=False)
+    task = ray.remote(look).options(num_cpus=0, scheduling_strategy=place)
+    return ray.get(task.remote(context.gcs_address), timeout=ANSWER_SECONDS)
+
+
+@of_late
 def head_node() -> str | None:
     """The id of the cluster's head: the one node that no autoscaler takes away."""
     heads = [n for n in ray.nodes() if n["Alive"] and "node:__internal_head__" in n["Resources"]]

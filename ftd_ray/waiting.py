@@ -16,6 +16,7 @@ from ftd_ray.autoscaler import Autoscaler, status_words
 from ftd_ray.config import SweepConfig
 from ftd_ray.experts.orders import FleetStatus
 from ftd_ray.plan import Need, needs
+from ftd_ray.storage import is_local
 
 WAIT_SECONDS = 300
 """When nothing of a kind has had a place for so long, the user is told; after that at twice the
@@ -74,6 +75,14 @@ class NodeWatch:
             nodes = sum(n["Alive"] for n in ray.nodes())
             asked = asked_text(self._config, self._autoscaler, experts_only=self._experts_only)
             self._say(f"nodes      {nodes} now. {asked}")
+            places = {"store.uri": self._config.store.uri, "output.dir": self._config.output_dir}
+            if self._experts_only:
+                del places["output.dir"]
+            for key, uri in places.items():
+                if is_local(uri):
+                    self._say(
+                        f"warning    {key}={uri} must be the same folder on every node that comes"
+                    )
 
     def look(self, status: FleetStatus | None, pool: Any = None) -> None:
         """To be called about once a second, with what is known of experts and trials."""
