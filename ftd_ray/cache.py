@@ -26,6 +26,8 @@ SETS_OPEN = 8
 """Sets whose files a reader keeps open."""
 OBJECT_STORE_SHARE = 0.5
 """Of a node's object store, at most, whatever limit is asked for."""
+IDLE_SECONDS = 30
+"""After the last worker of its node has ended, a cache does not keep that node any longer."""
 ATTEMPTS = 3
 """Times that a worker asks a cache that dies; then it reads the store itself."""
 
@@ -36,6 +38,8 @@ T = TypeVar("T")
 
 class SegmentCache(Lingering):
     """The actor. Snapshots are read once, however many ask for them at the same time."""
+
+    idle_seconds = IDLE_SECONDS
 
     def __init__(self, store_uri: str, schema: int, version: str) -> None:
         self._most = int(_object_store_bytes() * OBJECT_STORE_SHARE)
@@ -158,6 +162,8 @@ class CachedExperts:
             try:
                 if self._cache is None:
                     self._cache = node_cache(self._uri)
+                    if ray.get_runtime_context().get_actor_id() is not None:
+                        self._cache.join.remote(ray.get_runtime_context().current_actor)
                 get = self._cache.get.remote(self._key, expert, (start, end), self._limit)
                 first, last = ray.get(get)
                 return ray.get(first), ray.get(last)

@@ -43,6 +43,7 @@ from ftd_ray.trial import (
     forget_checkpoint,
     forget_checkpoints,
 )
+from ftd_ray.waiting import NodeWatch
 from ftd_ray.worked import Worked
 from ftd_ray.workers import TrialOrder, start_pool
 
@@ -104,7 +105,8 @@ class Sweep:
         self._signals.at_once(self._keep_state)
         self._phase("start of Ray")
         try:
-            check_cluster(self.config)
+            self._nodes = NodeWatch(self.config, check_cluster(self.config), self._say)
+            self._nodes.announce()
             if address is not None:  # nodes may come that have not got the data set
                 self._experts.ship()
             try:
@@ -236,7 +238,7 @@ class Sweep:
                 self._experts.shipment,
                 self._open_pool(),
                 self._say,
-                self._signals.check,
+                self._final_tick,
                 self._worked.just_now,
             )
             results, self._best = final.run([(t, self._set_of(t)) for t in finalists])
@@ -255,6 +257,10 @@ class Sweep:
         self._phase("results")
         self._write_summary(summary)  # last: with it the sweep is over
         return summary
+
+    def _final_tick(self) -> None:
+        self._signals.check()
+        self._nodes.look(None, self._pool)
 
     def _close_study(self) -> None:
         """What stopped a sweep may still be in the way, and is said already."""
@@ -360,6 +366,7 @@ class Sweep:
             self.study.sync()
             self._watch_budget()
             self.tracker.fleet(self._experts.status)
+            self._nodes.look(self._experts.status, self._pool)
             self._tell_notes()
 
     def _remember(self) -> None:

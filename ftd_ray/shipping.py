@@ -22,7 +22,9 @@ CHUNKS_AHEAD = 3
 
 
 class DataServer(Lingering):
-    """The actor that has the data set open."""
+    """The actor that has the data set open. Drivers say every minute that they still want it."""
+
+    idle_seconds = 180
 
     def __init__(self, config: DatasetConfig, fingerprint: str) -> None:
         self._config, self._fingerprint = config, fingerprint

@@ -106,6 +106,8 @@ class WorkerPool:
         self._worker = worker
         self._options = {"num_cpus": cpus, "num_gpus": gpus, "memory": memory}
         self._busy: dict[int, Any] = {}
+        self._starting: dict[int, asyncio.Task[None]] = {}
+        """Tasks that wait until a worker has a place on the cluster."""
         self._idle: list[tuple[Any, asyncio.Task[None]]] = []
         """Workers, each with the task that ends it soon."""
         self._closed = False
@@ -117,7 +119,7 @@ class WorkerPool:
             leaving.cancel()
         for worker in (*self._busy.values(), *(w for w, _ in self._idle)):
             ray.kill(worker)
-        self._busy, self._idle = {}, []
+        self._busy, self._starting, self._idle = {}, {}, []
 
     async def take(self, number: int) -> Any:
         """The worker of a trial: the one that it has, an idle one, or a new one."""
@@ -128,11 +130,18 @@ class WorkerPool:
             leaving.cancel()
         if number not in self._busy:
             self._busy[number] = ray.remote(self._worker).options(**self._options).remote()
+            self._starting[number] = asyncio.create_task(_stands(self._busy[number]))
         return self._busy[number]
+
+    async def places(self) -> tuple[int, int]:
+        """How many trials wait for a worker's place on the cluster, and how many have one."""
+        waiting = sum(not task.done() for task in self._starting.values())
+        return waiting, len(self._busy) - waiting
 
     async def give_back(self, number: int, *, clean: bool) -> None:
         """A trial has ended: its worker waits a moment for the next one, if it is ``clean``."""
         worker = self._busy.pop(number, None)
+        self._starting.pop(number, None)
         if worker is None:  # it never had one, or has given it back
             return
         if not clean:
@@ -145,6 +154,12 @@ class WorkerPool:
         await asyncio.sleep(IDLE_SECONDS)
         self._idle = [(w, leaving) for w, leaving in self._idle if w is not worker]
         ray.kill(worker)
+
+
+async def _stands(worker: Any) -> None:
+    """Waits until a worker has a place, or has died."""
+    with contextlib.suppress(ray.exceptions.RayError):
+        await worker.__ray_ready__.remote()
 
 
 def start_pool(cpus: float, gpus: float, memory: int = 0, *, worker: type = TrialWorker) -> Any:

@@ -24,6 +24,7 @@ from ftd.errors import Diverged, UserError
 from ftd.trajectory import PART_EPOCHS, DamagedError
 from ftd.trajectory import SCHEMA_VERSION as STORE_SCHEMA
 from ftd_ray.actors import Lingering, shared_actor
+from ftd_ray.autoscaler import head_node
 from ftd_ray.experts.fleet import (
     ATTEMPTS,
     GPU_HEADROOM,
@@ -210,6 +211,7 @@ class Broker(Lingering):
         sets = {k: self._set_status(k, w, asker) for k, w in me.sets.items() if not w.expected}
         fleets = self._fleets.values()
         starting = sum(w.node is None for f in fleets for w in f.workers)
+        starting += sum(not task.done() for task in self._needs.values())
         return FleetStatus(sets=sets, nodes=self._nodes(), starting=starting, notes=tuple(me.notes))
 
     async def withdraw(self, asker: str) -> None:
@@ -269,7 +271,9 @@ class Broker(Lingering):
                 raise unwanted
             done: asyncio.Future[float | None] = asyncio.get_running_loop().create_future()
             kind = json.dumps([order.identity["data"], order.identity["experts"]["network"]])
-            job.build = Build(job.rank, order.key, index, kind, job.left, order.work, done)
+            job.build = Build(
+                job.rank, order.key, index, kind, job.left, order.work, done, order.at_once
+            )
             for asker in job.askers.values():
                 self._build_ahead(asker)
             try:
@@ -487,5 +491,8 @@ def footprint(identity: dict[str, Any]) -> str:
 
 
 def broker(store_uri: str) -> Any:
-    """The broker of a store on this cluster; started by whoever asks first."""
-    return shared_actor(Broker, "broker", store_uri, STORE_SCHEMA, __version__)
+    """The broker of a store on this cluster; started by whoever asks first.
+
+    It stays on the head: elsewhere it would keep a node alive, or go with it.
+    """
+    return shared_actor(Broker, "broker", store_uri, STORE_SCHEMA, __version__, node=head_node())

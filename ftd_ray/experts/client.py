@@ -68,6 +68,7 @@ class BrokerClient:
             cpus=r.cpus_per_expert,
             gpus=r.expert_gpus,
             memory=r.expert_memory,
+            at_once=r.max_experts_at_once,
             urgency=urgency,
         )
 

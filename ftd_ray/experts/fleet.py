@@ -1,7 +1,8 @@
 """The fleet: expert actors of one size, as many as there is work for and the cluster has room for.
 
-An actor takes the next build when it stands, so one that still waits for a node holds no work up.
-Waiting actors are demand that an autoscaler sees; with the last build they are withdrawn.
+Room is also what the cluster's autoscaler may add: waiting actors are the demand that it sees. An
+actor takes the next build when it stands, so one that still waits for a node holds no work up; with
+the last build those that wait are withdrawn.
 """
 
 import asyncio
@@ -85,6 +86,8 @@ class Build:
     """That are left to train, at most."""
     work: bytes
     done: asyncio.Future[float | None]
+    at_once: int | None = None
+    """Builds of this size at a time, at most; of several limits the largest counts."""
     losses: int = 0
     """Of its actor, since it got further last."""
     worker: "Worker | None" = field(default=None, repr=False)
@@ -128,7 +131,7 @@ class Fleet:
         *,
         share: float | None = None,
         actor: type = ExpertActor,
-        room: Callable[[float, float, int], int] | None = None,
+        room: Callable[[float, float, int], float] | None = None,
     ) -> None:
         self.size, self._share = (cpus, gpus, memory), share
         self._actor, self._room = actor, room or room_for
@@ -192,7 +195,7 @@ class Fleet:
 
     async def _keep(self) -> None:
         """Starts and withdraws actors while there is work."""
-        room = 1
+        room = 1.0
         while self._due() or self.workers:
             self._wake.clear()
             with contextlib.suppress(Exception):  # the cluster does not answer just now
@@ -204,10 +207,12 @@ class Fleet:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), RECOUNT_SECONDS)
 
-    def _adjust(self, room: int) -> None:
+    def _adjust(self, room: float) -> None:
         """Starts or withdraws actors until there are as many as work and room are there for."""
-        busy = sum(w.build is not None for w in self.workers)
-        wanted = min(room, busy + self._due())
+        busy = [w.build for w in self.workers if w.build is not None]
+        due = [build for build in self._queue if build.due]
+        limits = [math.inf if b.at_once is None else b.at_once for b in (*busy, *due)]
+        wanted = int(min(room, len(busy) + len(due), max(limits, default=0)))
         for _ in range(wanted - len(self.workers)):
             worker = Worker(start_actor(*self.size, self._actor))
             self.workers.add(worker)

@@ -44,6 +44,8 @@ class ExpertOrder:
     """None for a share of a GPU that is measured."""
     memory: int = 0
     """Bytes that an expert books; 0 for none."""
+    at_once: int | None = None
+    """Experts of that size in training at a time, at most; of several limits the largest counts."""
     urgency: Urgency = Urgency.TRIAL
 
 
