@@ -29,7 +29,7 @@ ENV PATH=/opt/venv/bin:$PATH \
 WORKDIR /opt/ftd-ray
 # setuptools for `pip install --no-build-isolation` of a checkout, where this is Ray's image.
 RUN --mount=type=cache,target=/root/.cache/pip \
-    python3 -m venv /opt/venv && pip install "setuptools>=77" wheel
+    python3 -m venv /opt/venv && pip install "setuptools>=77"
 # Before the code, so that editing it repeats nothing of this. The CPU variant's two wheels come
 # from PyTorch's index, both of them: one of there does not fit one of elsewhere.
 COPY constraints.txt ./

@@ -104,8 +104,15 @@ def _pip_settings() -> tuple[dict[str, str], list[str]]:
             key = "PIP_" + match[1].upper().replace("-", "_")
             environment.setdefault(key, match[2].replace("\\n", " "))
     environment.pop("PIP_NO_INDEX", None)
-    words = [w.removeprefix("file://") for v in environment.values() for w in v.split()]
-    return environment, [w for w in words if w.startswith("/") and Path(w).exists()]
+    words = [w for value in environment.values() for w in value.split()]
+    # Beside an index of files lies what it links to.
+    places = [Path(w.removeprefix("file://")) for w in words]
+    places = [
+        p.parent if w.startswith("file://") else p for p, w in zip(places, words, strict=True)
+    ]
+    return environment, [
+        str(p) for p in places if len(p.parts) > 2 and p.is_absolute() and p.exists()
+    ]
 
 
 def lent_names() -> Iterator[str]:
