@@ -73,9 +73,9 @@ class Job:
             (stand_ins / name).write_text(f"#!/bin/bash\n{body}")
             (stand_ins / name).chmod(0o755)
         project = self.folder / "project" / ".venv"
-        project.mkdir(parents=True, exist_ok=True)
-        if not (project / "bin").exists():
-            (project / "bin").symlink_to(Path(sys.executable).parent)
+        project.parent.mkdir(exist_ok=True)
+        if not project.exists():
+            project.symlink_to(sys.prefix)
         return os.environ | {
             "PATH": f"{stand_ins}:{os.environ['PATH']}",
             "PYTHONPATH": str(ROOT),
