@@ -156,6 +156,7 @@ TAIL = """\
 | complete | COMPLETE | TERMINATED | FINISHED, tag `ftd.state` = complete |
 | pruned | PRUNED | TERMINATED | FINISHED, tags `ftd.state` = pruned and `pruned` |
 | failed | FAIL, user attributes `reason` and `diverged` | ERROR | FAILED, tag `ftd.reason` |
+| lost with its process, taken up again | RUNNING | ERROR, and there once more | RUNNING |
 | interrupted, to be resumed | RUNNING | (gone) | KILLED until resumed |
 """
 

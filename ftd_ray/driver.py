@@ -209,7 +209,6 @@ class Sweep:
             order=self._order,
             tick=self._tick,
             over=lambda: self._stopped_by is not None,
-            trials=left,
             concurrency=config.search.concurrency,
         )
         if self.study.interrupted() == 0 and len(self.study.ended()) >= config.search.trials:

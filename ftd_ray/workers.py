@@ -4,7 +4,8 @@ The trainable waits for experts holding no CPU or GPU; then it takes a worker fr
 pool, outside its own placement group and in the resources of a trial, and hands Tune one report at
 a time. When the trial has ended the worker is given back, and the next trial takes it as it
 is, warm; one that nobody takes ends within seconds. A worker that dies is started again and
-goes on from the trial's checkpoint.
+goes on from the trial's checkpoint. A trainable that dies is started again too, and the worker, if
+it lives, goes on as if nothing had happened.
 
 A trainable only passes things on, so they travel pickled and this module imports no torch: a
 waiting trial costs a tenth of the memory and starts at once.
@@ -30,10 +31,11 @@ from ftd_ray.experts.orders import ExpertOrder
 from ftd_ray.storage import PlaceError
 
 if TYPE_CHECKING:
-    from ftd_ray.trial import Report
+    from ftd_ray.trial import Report, TrialSpec
 
-WORKER_ATTEMPTS = 4
-"""Times that a worker is started for one report."""
+WORKER_ATTEMPTS = 8
+"""Times that a worker is started for one report: lost so often in a row on nodes that are still
+there, it is no accident."""
 
 MEND_ATTEMPTS = 3
 """Times that a trial is given its experts, when it finds them damaged."""
@@ -46,6 +48,10 @@ IDLE_SECONDS = 3
 
 LIGHT_BYTES = 64 * 2**20
 """Memory that a waiting trial books, in place of a CPU."""
+
+
+NODE_LABEL = "ray.io/node-id"
+"""The label by which Ray knows a node."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,27 +68,56 @@ class TrialOrder:
     """The handle of the sweep's ``WorkerPool``."""
 
 
-class TrialWorker:
+class OnNode:
+    """An actor that says where it stands."""
+
+    def node(self) -> str:
+        """The id of the node."""
+        return str(ray.get_runtime_context().get_node_id())
+
+
+class TrialWorker(OnNode):
     """Shell of ``run_trial``: one pickled report a call, and whether it was the last."""
 
+    _spec: "TrialSpec | None" = None
+    """Of the trial that it is at."""
     _reports: "Iterator[Report]" = iter(())
+    _last: tuple[bytes, bool] | None = None
+    _again: tuple[bytes, bool] | None = None
+    """The last report, when it may not have arrived."""
 
     def begin(self, spec: bytes) -> None:
-        """Takes up a trial, in the place of the one before."""
-        from ftd.expert import set_key
-        from ftd_ray.trial import TrialSpec, run_trial
+        """Takes up a trial, in the place of the one before.
 
+        If it is at that very trial, whoever asked for it before was lost: its work goes on, and the
+        last report comes again.
+        """
+        from ftd.expert import set_key
+        from ftd_ray.trial import run_trial
+
+        trial: TrialSpec = pickle.loads(spec)
+        if trial == self._spec:
+            self._again = self._last
+            return
         self._forget()
 
-        def cached(spec: TrialSpec) -> CachedExperts:
+        def cached(spec: "TrialSpec") -> CachedExperts:
             key = set_key(spec.identity)
             return CachedExperts(spec.store_uri, key, spec.experts, spec.cache_bytes)
 
-        self._reports = run_trial(pickle.loads(spec), cached)
+        self._spec, self._reports = trial, run_trial(trial, cached)
 
     def report(self) -> tuple[bytes, bool]:
-        report = next(self._reports)
-        return pickle.dumps(report), report.done
+        again, self._again = self._again, None
+        if again is not None:
+            return again
+        try:
+            report = next(self._reports)
+        except BaseException:
+            self._spec = None  # what is asked for next, begins at the checkpoint
+            raise
+        self._last = pickle.dumps(report), report.done
+        return self._last
 
     def call(self, function: Callable[[Any], Any], spec: Any) -> tuple[Any, float]:
         """What a function makes of a specification, and the seconds that it took."""
@@ -94,9 +129,23 @@ class TrialWorker:
         """Frees what the trial before holds, for a neighbour on the same GPU too."""
         import torch
 
-        self._reports = iter(())
+        self._spec, self._reports, self._last, self._again = None, iter(()), None, None
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
+
+
+@dataclass(eq=False)
+class Worker:
+    """A worker of the pool, and what comes to say on which node it stands."""
+
+    actor: Any
+    where: "asyncio.Future[str]"
+
+    @property
+    def node(self) -> str | None:
+        """None of one that has no place yet, or died before it said so."""
+        known = self.where.done() and not self.where.cancelled() and not self.where.exception()
+        return self.where.result() if known else None
 
 
 class WorkerPool:
@@ -105,8 +154,8 @@ class WorkerPool:
     def __init__(self, cpus: float, gpus: float, memory: int, worker: type) -> None:
         self._worker = worker
         self._options = {"num_cpus": cpus, "num_gpus": gpus, "memory": memory}
-        self._busy: dict[int, Any] = {}
-        self._idle: list[tuple[Any, asyncio.Task[None]]] = []
+        self._busy: dict[int, Worker] = {}
+        self._idle: list[tuple[Worker, asyncio.Task[None]]] = []
         """Workers, each with the task that ends it soon."""
         self._closed = False
 
@@ -116,7 +165,7 @@ class WorkerPool:
         for _, leaving in self._idle:
             leaving.cancel()
         for worker in (*self._busy.values(), *(w for w, _ in self._idle)):
-            ray.kill(worker)
+            ray.kill(worker.actor)
         self._busy, self._idle = {}, []
 
     async def take(self, number: int) -> Any:
@@ -127,8 +176,12 @@ class WorkerPool:
             self._busy[number], leaving = self._idle.pop()
             leaving.cancel()
         if number not in self._busy:
-            self._busy[number] = ray.remote(self._worker).options(**self._options).remote()
-        return self._busy[number]
+            self._busy[number] = self._start()
+        return self._busy[number].actor
+
+    def _start(self) -> Worker:
+        actor = ray.remote(self._worker).options(**self._options).remote()
+        return Worker(actor, asyncio.ensure_future(actor.node.remote()))
 
     async def give_back(self, number: int, *, clean: bool) -> None:
         """A trial has ended: its worker waits a moment for the next one, if it is ``clean``."""
@@ -136,15 +189,31 @@ class WorkerPool:
         if worker is None:  # it never had one, or has given it back
             return
         if not clean:
-            ray.kill(worker)
+            ray.kill(worker.actor)
             return
         self._idle.append((worker, asyncio.create_task(self._end(worker))))
 
-    async def _end(self, worker: Any) -> None:
+    async def lost(self, number: int) -> bool:
+        """A trial's worker is gone; says whether that may be the trial's own doing.
+
+        It is not when the node has gone, or the pool of before, with which all its workers end.
+        """
+        worker = self._busy.get(number)
+        if worker is None:
+            return False
+        await self.give_back(number, clean=False)
+        return worker.node is None or worker.node in nodes_alive()
+
+    async def _end(self, worker: Worker) -> None:
         """Ends an idle worker, unless it is taken before."""
         await asyncio.sleep(IDLE_SECONDS)
         self._idle = [(w, leaving) for w, leaving in self._idle if w is not worker]
-        ray.kill(worker)
+        ray.kill(worker.actor)
+
+
+def nodes_alive() -> set[str]:
+    """Ids of the cluster's nodes."""
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
 
 def start_pool(cpus: float, gpus: float, memory: int = 0, *, worker: type = TrialWorker) -> Any:
@@ -183,6 +252,8 @@ class SweepTrial(tune.Trainable):
             report, done = self._mended_report()
         except ray.exceptions.RayTaskError as error:
             cause = error.cause if isinstance(error.cause, BaseException) else error
+            if isinstance(cause, ray.exceptions.RayError):  # a process of somebody else's is gone
+                raise cause from None
             expected = isinstance(cause, Diverged | UserError)
             reason = (str(cause).strip().splitlines() or ["without a word"])[-1]
             reason = reason if expected else f"{type(cause).__name__}: {reason}"
@@ -219,8 +290,8 @@ class SweepTrial(tune.Trainable):
         raise AssertionError("not reached")
 
     def _next_report(self) -> tuple[bytes, bool]:
-        order = self._order
-        for attempt in range(WORKER_ATTEMPTS):
+        order, losses = self._order, 0
+        while losses < WORKER_ATTEMPTS:
             try:
                 if self._worker is None:
                     self._worker = ray.get(order.pool.take.remote(order.number))
@@ -229,13 +300,12 @@ class SweepTrial(tune.Trainable):
             except ray.exceptions.RayTaskError:
                 raise
             except ray.exceptions.RayError:  # its process or its node is gone, or its memory
-                self._let_go()
-                if attempt == WORKER_ATTEMPTS - 1:
-                    raise UserError(
-                        f"its worker was lost {WORKER_ATTEMPTS} times. "
-                        "Does a trial need more memory than there is?"
-                    ) from None
-        raise AssertionError("not reached")
+                self._worker = None
+                losses += ray.get(order.pool.lost.remote(order.number))
+        raise UserError(
+            f"its worker was lost {WORKER_ATTEMPTS} times. "
+            "Does a trial need more memory than there is?"
+        )
 
     def _let_go(self) -> None:
         self._worker = None
@@ -279,10 +349,9 @@ def run_calls(
             except ray.exceptions.RayTaskError:
                 raise
             except ray.exceptions.RayError:  # its process or its node is gone, or its memory
-                lost[call] += 1
+                lost[call] += ray.get(pool.lost.remote(lane))
                 if lost[call] == WORKER_ATTEMPTS:
                     raise
-                ray.get(pool.give_back.remote(lane, clean=False))
                 waiting.append(call)
             if waiting:
                 free.append(lane)

@@ -11,12 +11,12 @@ import ray
 from ray_helpers import wait_until
 
 from ftd.errors import UserError
-from ftd_ray.workers import IDLE_SECONDS, WORKER_ATTEMPTS, run_calls, start_pool
+from ftd_ray.workers import IDLE_SECONDS, WORKER_ATTEMPTS, OnNode, run_calls, start_pool
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers have no tests
 
 
-class Worker:
+class Worker(OnNode):
     """Says which process it is."""
 
     def pid(self) -> int:
