@@ -29,9 +29,10 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from ftd.errors import UserError
+from ftd_ray.nodes import NODE_LABEL
 from ftd_ray.search import Ended, Suggestion, SweepStudy
 from ftd_ray.trial import Report
-from ftd_ray.workers import LIGHT_BYTES, NODE_LABEL, SweepTrial, TrialOrder
+from ftd_ray.workers import LIGHT_BYTES, SweepTrial, TrialOrder
 
 LOST_IN_A_ROW = 20
 """Processes of trials that are lost while no trial reports anything, before the sweep stops. They

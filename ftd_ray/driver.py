@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 import yaml
+from ray.exceptions import RayError
 from rich.console import Console
 
 from ftd.errors import UserError
@@ -80,6 +81,7 @@ class Sweep:
         self._best: dict[str, bytes] = {}
         """Files of the best set, by name."""
         self._pool: Any = None
+        self._asked_pool: Any = None
         self._phases: dict[str, float] = {}
         self._phase_began = time.monotonic()
         self._final_worked = self._evaluating = 0.0
@@ -358,7 +360,19 @@ class Sweep:
             self.study.sync()
             self._watch_budget()
             self.tracker.fleet(self._experts.status)
+            self._exchange_left_out()
             self._tell_notes()
+
+    def _exchange_left_out(self) -> None:
+        """A node that fails trials gets no experts, and the other way round."""
+        if self._pool is None:
+            return
+        if self._asked_pool is None:
+            self._asked_pool = self._pool.left_out.remote(self._experts.status.left_out)
+        elif ray.wait([self._asked_pool], timeout=0)[0]:
+            asked, self._asked_pool = self._asked_pool, None
+            with contextlib.suppress(RayError):
+                self._experts.leave_out(ray.get(asked))
 
     def _remember(self) -> None:
         self._remembered = time.monotonic()
@@ -426,6 +440,7 @@ class Sweep:
                 "seconds": experts.seconds,
                 "bytes": self._bytes_of(experts.built),
             },
+            "left_out": list(self._experts.left_out.values()),
             "interrupted": self.study.interrupted(),
             "failures": [asdict(f) for f in diagnose(ended, config.space)],
             "objectives": list(config.search.objectives),

@@ -1,5 +1,6 @@
 """Processes and nodes that are lost in the middle of a search: no trial fails or changes for it."""
 
+import contextlib
 import itertools
 import os
 import pickle
@@ -12,8 +13,17 @@ from typing import Any
 import psutil
 import pytest
 import ray
-from fleet_helpers import processes
+import torch
+from fleet_helpers import files_of, processes
 from ray.cluster_utils import Cluster
+from ray_helpers import (
+    run_sweep,
+    running_sweep,
+    summary_of,
+    tiny,
+    wait_until,
+    write_sweep,
+)
 
 from ftd.distill import StepRecord
 from ftd.errors import Diverged
@@ -22,12 +32,20 @@ from ftd_ray.bridge import run_search
 from ftd_ray.cluster import start_ray
 from ftd_ray.config import SearchConfig
 from ftd_ray.experts.orders import ExpertOrder
-from ftd_ray.search import Ended, Suggestion, SweepStudy
+from ftd_ray.node_faults import faults_of_the_node
+from ftd_ray.search import Ended, Suggestion, SweepStudy, read_study
 from ftd_ray.space import parse_dimension
 from ftd_ray.trial import Report
 from ftd_ray.workers import OnNode, TrialOrder, start_pool
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers have no tests
+
+QUICK_TO_NOTICE = {
+    "RAY_health_check_initial_delay_ms": "1000",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "1000",
+    "RAY_health_check_failure_threshold": "3",
+}
 
 TRIALS, EVERY, STEPS = 9, 30, 90
 DIVERGES = 4
@@ -64,6 +82,30 @@ class DoomedWorker(SlowWorker):
 
     def report(self) -> tuple[bytes, bool]:
         os._exit(1)
+
+
+class SickWorker(SlowWorker):
+    """Has CUDA fail where the environment of its node says so, as torch raises it."""
+
+    def report(self) -> tuple[bytes, bool]:
+        with faults_of_the_node():
+            if os.environ.get("FTD_TEST_SICK"):
+                raise torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered")
+            return super().report()
+
+
+class LargeWorker(SlowWorker):
+    """Outgrows every GPU in one trial."""
+
+    def report(self) -> tuple[bytes, bool]:
+        with faults_of_the_node(0.25):
+            if self._number == DIVERGES:
+                raise torch.OutOfMemoryError(
+                    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of "
+                    "23.69 GiB of which 1.00 GiB is free. Including non-PyTorch memory, this "
+                    "process has 5.00 GiB memory in use."
+                )
+            return super().report()
 
 
 class FullStore:
@@ -119,6 +161,8 @@ def search(
     worker: type = SlowWorker,
     trials: int = TRIALS,
     concurrency: int = 3,
+    cpus: float = 0.1,
+    pools: list[Any] | None = None,
 ) -> tuple[list[Ended], Told]:
     """A search of scripted trials in this driver, under ``plan``, which counts reports."""
     study = SweepStudy(
@@ -131,7 +175,9 @@ def search(
         steps=STEPS,
     )
     broker = ray.remote(FullStore).options(num_cpus=0).remote()
-    told = Told(start_pool(0.1, 0, worker=worker), plan)
+    told = Told(start_pool(cpus, 0, worker=worker), plan)
+    if pools is not None:
+        pools.append(told.pool)
 
     def order(suggestion: Suggestion) -> TrialOrder:
         experts = ExpertOrder(
@@ -236,38 +282,174 @@ def test_trial_that_ends_every_process_that_it_is_given_fails_by_itself(local_ra
 
 
 @pytest.mark.heavy
-@pytest.mark.timeout(600)
-def test_trainables_lie_beside_the_driver_and_a_node_that_is_removed_fails_no_trial(
-    tmp_path, monkeypatch
+@pytest.mark.timeout(300)
+def test_trial_that_outgrows_every_gpu_fails_with_what_it_needed_and_takes_no_node_along(
+    local_ray, tmp_path
 ):
+    # No GPU was at hand: the words of torch for one of 23.69 GiB.
+    ended, _ = search(tmp_path, worker=LargeWorker)
+    assert [t.number for t in ended if t.state == "failed"] == [DIVERGES]
+    reason = ended[DIVERGES].reason or ""
+    assert "it needs 5.0 GiB and 2.00 GiB more of a GPU of 23.7 GiB, on a share of 0.25" in reason
+    assert "resources.gpus_per_trial" in reason
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """A cluster whose head has no CPU; the driver joins it there."""
     if ray.is_initialized():
         ray.shutdown()
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    for key, value in QUICK_TO_NOTICE.items():
+        monkeypatch.setenv(key, value)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     try:
-        nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
-        start_ray(cluster.address)
-        here = ray.get_runtime_context().get_node_id()
-        places = []
-
-        def plan(count: int) -> None:
-            if count == 5:
-                places.extend(actors_by_node("SweepTrial"))
-                cluster.remove_node(nodes[0], allow_graceful=False)
-                cluster.add_node(num_cpus=1)
-
-        ended, told = search(tmp_path, plan)
-        assert_as_planned(ended, told)
-        assert set(places) == {here}
+        yield cluster
     finally:
         ray.shutdown()
         cluster.shutdown()
 
 
-def actors_by_node(name: str) -> list[str]:
-    """The node of each process of that actor class, by what its raylet is called."""
-    found = []
-    for process in processes(f"ray::{name}"):
-        raylet = " ".join(process.parent().cmdline())
-        found += [n["NodeID"] for n in ray.nodes() if n["RayletSocketName"] in raylet]
-    return found
+@pytest.mark.heavy
+@pytest.mark.timeout(600)
+def test_trainables_lie_beside_the_driver_and_a_node_that_is_removed_fails_no_trial(
+    cluster, tmp_path
+):
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    start_ray(cluster.address)
+    here = ray.get_runtime_context().get_node_id()
+    places = []
+
+    def plan(count: int) -> None:
+        if count == 5:
+            places.extend(nodes_of(TRAINABLE))
+            cluster.remove_node(nodes[0], allow_graceful=False)
+            cluster.add_node(num_cpus=1)
+
+    ended, told = search(tmp_path, plan)
+    assert_as_planned(ended, told)
+    assert set(places) == {here}
+
+
+def nodes_of(title: str) -> list[str]:
+    """The node of each process of that title, by the address of its raylet."""
+    known = {n["RayletSocketName"]: n["NodeID"] for n in ray.nodes()}
+    lines = [" ".join(p.parent().cmdline()) for p in processes(title)]
+    return [node for line in lines for socket, node in known.items() if socket in line]
+
+
+@pytest.mark.heavy
+@pytest.mark.timeout(600)
+def test_node_whose_gpu_fails_every_trial_is_left_out_and_no_trial_fails_for_it(cluster, tmp_path):
+    # No GPU was at hand: what torch raises for a broken one, on a node's CPU.
+    cluster.add_node(num_cpus=1)
+    sick = cluster.add_node(num_cpus=1, env_vars={"FTD_TEST_SICK": "1"})
+    start_ray(cluster.address)
+    found: dict[str, str] = {}
+
+    def plan(count: int) -> None:
+        if count > 20:
+            found.update(ray.get(told_pool[0].left_out.remote({})))
+
+    told_pool: list[Any] = []
+    ended, told = search(
+        tmp_path, plan, worker=SickWorker, cpus=0.4, pools=told_pool, concurrency=4
+    )
+    assert_as_planned(ended, told)
+    assert list(found) == [sick.node_id]
+    assert "uncorrectable ECC error" in found[sick.node_id]
+
+
+@pytest.mark.heavy
+@pytest.mark.timeout(300)
+def test_search_stops_with_its_state_saved_when_no_node_is_left(cluster, tmp_path):
+    sick = cluster.add_node(num_cpus=2, env_vars={"FTD_TEST_SICK": "1"})
+    start_ray(cluster.address)
+    ended, told = search(tmp_path, worker=SickWorker, concurrency=2)
+    assert ended == [] and told.ended == {}
+    assert "no node is left that could go on" in told.halts[0]
+    assert sick.node_id[:8] in told.halts[0] and "ECC" in told.halts[0]
+
+
+# --- the whole sweep ------------------------------------------------------------------------
+
+
+@pytest.mark.heavy
+@pytest.mark.timeout(900)
+def test_sweep_leaves_out_a_node_that_cannot_have_the_data_and_names_it(cluster, tmp_path):
+    cluster.add_node(num_cpus=1)
+    sick = cluster.add_node(num_cpus=1, env_vars={"FTD_CACHE": "/proc/no-such-folder"})
+    write_sweep(tmp_path, tiny(search__trials=6, search__concurrency=2, experts__count=6))
+    ran = run_sweep(tmp_path, "sweep.yaml", "--address", cluster.address, timeout=400)
+    assert ran.code == 0, ran.out + ran.err
+    summary = summary_of(tmp_path)
+    assert summary["trials"] == {"complete": 6, "pruned": 0, "failed": 0}
+    assert ran.out.count("It is left out.") == 1
+    assert len(summary["left_out"]) == 1 and sick.node_id[:8] in summary["left_out"][0]
+    assert "FTD_CACHE" in summary["left_out"][0]
+
+
+@pytest.mark.heavy
+@pytest.mark.timeout(900)
+def test_sweep_of_which_no_node_has_the_data_stops_with_one_line_and_goes_on_elsewhere(
+    cluster, tmp_path
+):
+    sick = cluster.add_node(num_cpus=2, env_vars={"FTD_CACHE": "/proc/no-such-folder"})
+    write_sweep(tmp_path, tiny(search__trials=3))
+    arguments = ("sweep.yaml", "--address", cluster.address)
+    ran = run_sweep(tmp_path, *arguments, timeout=400)
+    assert ran.code == 2, ran.out + ran.err
+    (line,) = ran.err.strip().splitlines()
+    assert "no node is left that could go on" in line and sick.node_id[:8] in line
+    assert summary_of(tmp_path)["state"] == "interrupted"
+    assert summary_of(tmp_path)["trials"]["failed"] == 0
+    cluster.remove_node(sick)
+    cluster.add_node(num_cpus=2)
+    ran = run_sweep(tmp_path, *arguments, "--resume", timeout=400)
+    assert ran.code == 0, ran.out + ran.err
+    assert summary_of(tmp_path)["trials"] == {"complete": 3, "pruned": 0, "failed": 0}
+
+
+VICTIMS = ("ray::SweepTrial", "ray::TrialWorker", "ray::WorkerPool", "ray::Broker")
+
+
+@pytest.mark.heavy
+@pytest.mark.timeout(900)
+def test_processes_killed_in_turn_leave_the_bits_of_an_undisturbed_sweep(tmp_path):
+    whole, folder = tmp_path / "whole", tmp_path / "killed"
+    sweep = tiny(
+        experts__lr=0.1, distill__iterations=60, evaluate__every=5, search__trials=4,
+        evaluate__search_epochs=40,
+    )  # fmt: skip
+    for place in (whole, folder):
+        write_sweep(place, sweep)
+    undisturbed = run_sweep(whole, "sweep.yaml", timeout=400)
+    assert undisturbed.code == 0, undisturbed.out + undisturbed.err
+    with running_sweep(folder, "sweep.yaml") as process:
+        output, seen = folder / "stdout.txt", 0
+        for victim in itertools.islice(itertools.cycle(VICTIMS), 12):
+            wait_until(
+                "further reports",
+                lambda n=seen: process.poll() is not None or reports(output) > n + 2,
+                seconds=200,
+            )
+            seen = reports(output)
+            for child in psutil.Process(process.pid).children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    if victim in " ".join(child.cmdline()):
+                        child.kill()
+        code = process.wait(timeout=300)
+    assert code == 0, (folder / "stderr.txt").read_text()
+    ours, theirs = (read_study(str(f / "runs" / "tiny")) for f in (folder, whole))
+    assert ours is not None and theirs is not None
+    assert facts(ours[0]) == facts(theirs[0])
+    assert {t.state for t in ours[0]} == {"complete"}
+    best = Path("runs", "tiny", "best", "synthetic.npz")
+    assert (folder / best).read_bytes() == (whole / best).read_bytes()
+    assert files_of(folder / "store") == files_of(whole / "store")
+    told = [line for line in output.read_text().splitlines() if "  step  " in line]
+    assert len(told) == len(set(told)) == sum(len(t.reports) for t in ours[0])
+
+
+def reports(output: Path) -> int:
+    return output.read_text().count("  step  ")
