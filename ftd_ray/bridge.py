@@ -23,7 +23,7 @@ import pyarrow as pa
 import ray
 from ray import tune
 from ray.exceptions import RayError, RayTaskError
-from ray.tune import Callback, Stopper
+from ray.tune import Callback, Stopper, TuneError
 from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
@@ -262,7 +262,7 @@ def run_search(
                         stop=Halt(over),
                     ),
                 ).fit()
-            except Exception as error:
+            except (TuneError, RuntimeError) as error:
                 if own := _own_error(error):
                     raise own from None
                 if not isinstance(error.__cause__, RayError):

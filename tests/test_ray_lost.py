@@ -50,7 +50,8 @@ QUICK_TO_NOTICE = {
 TRIALS, EVERY, STEPS = 9, 30, 90
 DIVERGES = 4
 """The one trial that fails, and by itself."""
-TRAINABLE, WORKER, POOL = "ray::SweepTrial", "ray::SlowWorker", "ray::WorkerPool"
+TRAINABLE, WORKER, POOL = "ray::ResourceTrainable", "ray::SlowWorker", "ray::WorkerPool"
+"""As their processes are called; the first is what Tune makes of SweepTrial."""
 
 
 class SlowWorker(OnNode):
@@ -343,7 +344,7 @@ def nodes_of(title: str) -> list[str]:
 def test_node_whose_gpu_fails_every_trial_is_left_out_and_no_trial_fails_for_it(cluster, tmp_path):
     # No GPU was at hand: what torch raises for a broken one, on a node's CPU.
     cluster.add_node(num_cpus=1)
-    sick = cluster.add_node(num_cpus=1, env_vars={"FTD_TEST_SICK": "1"})
+    sick = cluster.add_node(num_cpus=2, env_vars={"FTD_TEST_SICK": "1"})
     start_ray(cluster.address)
     found: dict[str, str] = {}
 
@@ -353,7 +354,7 @@ def test_node_whose_gpu_fails_every_trial_is_left_out_and_no_trial_fails_for_it(
 
     told_pool: list[Any] = []
     ended, told = search(
-        tmp_path, plan, worker=SickWorker, cpus=0.4, pools=told_pool, concurrency=4
+        tmp_path, plan, worker=SickWorker, cpus=0.4, pools=told_pool, concurrency=6
     )
     assert_as_planned(ended, told)
     assert list(found) == [sick.node_id]
@@ -378,8 +379,8 @@ def test_search_stops_with_its_state_saved_when_no_node_is_left(cluster, tmp_pat
 @pytest.mark.timeout(900)
 def test_sweep_leaves_out_a_node_that_cannot_have_the_data_and_names_it(cluster, tmp_path):
     cluster.add_node(num_cpus=1)
-    sick = cluster.add_node(num_cpus=1, env_vars={"FTD_CACHE": "/proc/no-such-folder"})
-    write_sweep(tmp_path, tiny(search__trials=6, search__concurrency=2, experts__count=6))
+    sick = cluster.add_node(num_cpus=4, env_vars={"FTD_CACHE": "/proc/no-such-folder"})
+    write_sweep(tmp_path, tiny(search__trials=6, search__concurrency=6, experts__count=6))
     ran = run_sweep(tmp_path, "sweep.yaml", "--address", cluster.address, timeout=400)
     assert ran.code == 0, ran.out + ran.err
     summary = summary_of(tmp_path)
@@ -410,7 +411,7 @@ def test_sweep_of_which_no_node_has_the_data_stops_with_one_line_and_goes_on_els
     assert summary_of(tmp_path)["trials"] == {"complete": 3, "pruned": 0, "failed": 0}
 
 
-VICTIMS = ("ray::SweepTrial", "ray::TrialWorker", "ray::WorkerPool", "ray::Broker")
+VICTIMS = ("ray::ResourceTrainable", "ray::TrialWorker", "ray::WorkerPool", "ray::Broker")
 
 
 @pytest.mark.heavy
