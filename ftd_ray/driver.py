@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 import yaml
+from ray.exceptions import RayError
 from rich.console import Console
 
 from ftd.errors import UserError
@@ -81,6 +82,7 @@ class Sweep:
         self._best: dict[str, bytes] = {}
         """Files of the best set, by name."""
         self._pool: Any = None
+        self._asked_pool: Any = None
         self._phases: dict[str, float] = {}
         self._phase_began = time.monotonic()
         self._final_worked = self._evaluating = 0.0
@@ -212,7 +214,6 @@ class Sweep:
             order=self._order,
             tick=self._tick,
             over=lambda: self._stopped_by is not None,
-            trials=left,
             concurrency=config.search.concurrency,
         )
         if self.study.interrupted() == 0 and len(self.study.ended()) >= config.search.trials:
@@ -367,7 +368,19 @@ class Sweep:
             self._watch_budget()
             self.tracker.fleet(self._experts.status)
             self._nodes.look(self._experts.status, self._pool)
+            self._exchange_left_out()
             self._tell_notes()
+
+    def _exchange_left_out(self) -> None:
+        """A node that fails trials gets no experts, and the other way round."""
+        if self._pool is None:
+            return
+        if self._asked_pool is None:
+            self._asked_pool = self._pool.left_out.remote(self._experts.status.left_out)
+        elif ray.wait([self._asked_pool], timeout=0)[0]:
+            asked, self._asked_pool = self._asked_pool, None
+            with contextlib.suppress(RayError):
+                self._experts.leave_out(ray.get(asked))
 
     def _remember(self) -> None:
         self._remembered = time.monotonic()
@@ -435,6 +448,7 @@ class Sweep:
                 "seconds": experts.seconds,
                 "bytes": self._bytes_of(experts.built),
             },
+            "left_out": list(self._experts.left_out.values()),
             "interrupted": self.study.interrupted(),
             "failures": [asdict(f) for f in diagnose(ended, config.space)],
             "objectives": list(config.search.objectives),

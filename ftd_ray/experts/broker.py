@@ -43,7 +43,9 @@ from ftd_ray.experts.orders import (
     SetStatus,
     Urgency,
 )
-from ftd_ray.storage import place_error
+from ftd_ray.node_faults import NodeFault
+from ftd_ray.nodes import Health
+from ftd_ray.storage import PlaceError, place_error
 from ftd_ray.store import TrajectoryStore
 
 SILENT_SECONDS = 300
@@ -137,6 +139,7 @@ class Broker(Lingering):
         self._askers: dict[str, _Asker] = {}
         self._jobs: dict[tuple[str, int], _Job] = {}
         self._fleets: dict[tuple[float, float, int, bool], Fleet] = {}
+        self._health = Health()
         self._needs: dict[str, asyncio.Task[list[int]]] = {}
         self._diverged: dict[tuple[str, int], tuple[int, str]] = {}
         """(set, expert) -> epochs that it did not reach, and why."""
@@ -212,7 +215,17 @@ class Broker(Lingering):
         fleets = self._fleets.values()
         starting = sum(w.node is None for f in fleets for w in f.workers)
         starting += sum(not task.done() for task in self._needs.values())
-        return FleetStatus(sets=sets, nodes=self._nodes(), starting=starting, notes=tuple(me.notes))
+        return FleetStatus(
+            sets=sets,
+            nodes=self._nodes(),
+            starting=starting,
+            notes=tuple(me.notes),
+            left_out=dict(self._health.left_out),
+        )
+
+    async def leave_out(self, nodes: dict[str, str]) -> None:
+        """Builds nothing more on nodes that failed somebody's trials: id -> why."""
+        self._health.leave_out(nodes)
 
     async def withdraw(self, asker: str) -> None:
         """An asker ends: what nobody else wants is not built. Parts that are there stay."""
@@ -316,7 +329,9 @@ class Broker(Lingering):
         size = (order.cpus, gpus, order.memory)
         if (*size, measured) not in self._fleets:
             share = gpus if measured else None
-            self._fleets[*size, measured] = Fleet(*size, share=share, actor=self.expert_actor)
+            self._fleets[*size, measured] = Fleet(
+                *size, share=share, actor=self.expert_actor, health=self._health
+            )
         return self._fleets[*size, measured]
 
     async def _need(self, order: ExpertOrder) -> list[int]:
@@ -338,6 +353,10 @@ class Broker(Lingering):
             try:
                 return list(await actor.gpu_need.remote(order.work))
             except RayTaskError as error:
+                if isinstance(error.cause, NodeFault):
+                    if attempt < ATTEMPTS:
+                        continue
+                    raise PlaceError(f"no GPU could be measured: {error.cause}.") from None
                 raise UserError(
                     f"the GPU memory of an expert could not be measured: {error.cause}"
                 ) from None

@@ -95,6 +95,8 @@ class FleetStatus:
     """Expert actors that wait for room on the cluster."""
     notes: tuple[str, ...] = ()
     """What a user should know, such as experts that were found damaged."""
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Nodes that failed again and again, by their id, and why: they get no more work."""
 
     @property
     def epochs_per_second(self) -> float:
