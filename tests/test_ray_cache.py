@@ -27,7 +27,7 @@ from ftd.errors import UserError
 from ftd.expert import Snapshot
 from ftd.trajectory import PART_EPOCHS, PRECISIONS, DamagedError, ExpertSet
 from ftd_ray import cache as cache_module
-from ftd_ray.cache import OBJECT_STORE_SHARE, CachedExperts, node_cache
+from ftd_ray.cache import OBJECT_STORE_SHARE, CachedExperts, SegmentCache, node_cache
 from ftd_ray.experts.build import ExpertRequest, build_expert
 from ftd_ray.store import TrajectoryStore
 from ftd_ray.trial import TrialSpec, run_trial
@@ -550,3 +550,36 @@ def resident(process: psutil.Process) -> tuple[int, int]:
     lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
     found = {line.split(":")[0]: line.split()[1] for line in lines if line.startswith("Rss")}
     return int(found["RssAnon"]) * 1024, int(found["RssShmem"]) * 1024
+
+
+class ShortCache(SegmentCache):
+    idle_seconds = 1.0
+
+
+@ray.remote(num_cpus=0)
+class Evaluating:
+    """A worker that reads a segment, and then none for long."""
+
+    def read(self, uri: str, key: str) -> None:
+        cache_module.SegmentCache = ShortCache
+        CachedExperts(uri, key, 1, 32 * MB).segment(0, 0, 1)
+
+    def evaluate(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+
+def cache_names() -> set[str]:
+    found = ray.util.list_named_actors(all_namespaces=True)
+    return {actor["name"] for actor in found if actor["name"].startswith("ftd-cache-")}
+
+
+def test_cache_stays_as_long_as_a_worker_that_has_used_it_and_ends_soon_after_it(store, caches):
+    there, before = store(), cache_names()
+    worker = on(ray.get_runtime_context().get_node_id(), Evaluating).remote()
+    ray.get(worker.read.remote(there.uri, there.key), timeout=BOUND)
+    (ours,) = cache_names() - before
+    for _ in range(2):
+        ray.get(worker.evaluate.remote(3 * ShortCache.idle_seconds), timeout=BOUND)
+        assert ours in cache_names()
+    ray.kill(worker)
+    wait_until("the cache's end", lambda: ours not in cache_names())
