@@ -16,7 +16,7 @@ from ray.tune.search import Searcher
 
 from ftd.distill import DistillConfig
 from ftd.errors import UserError
-from ftd_ray.bridge import StudySearcher, _own_error
+from ftd_ray.bridge import Course, StudySearcher, _own_error
 from ftd_ray.config import SearchConfig
 from ftd_ray.presets import StartPoint
 from ftd_ray.search import EARLIER, STUDY_FILE, Ended, Suggestion, SweepStudy
@@ -211,6 +211,58 @@ def test_study_remembers_a_value_after_reopening(open_study):
     open_study().remember("mlflow_run", "abc")
     assert open_study().recall("mlflow_run") == "abc"
     assert open_study().recall("nothing") is None
+
+
+# --- lost on the way ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random", "grid"])
+def test_trial_that_is_taken_up_is_the_next_one_and_the_others_are_as_ever(
+    open_study, tmp_path, sampler
+):
+    settings = {"sampler": sampler, "trials": 5}
+    whole = run_all(open_study(folder=tmp_path / "whole", **settings), score)
+    study, done = open_study(folder=tmp_path / "lost", **settings), []
+    while (suggestion := study.next()) is not None:
+        study.report(suggestion.number, 10, 0.3)
+        study.take_up(suggestion.number)
+        assert not study.is_live(suggestion.number)
+        assert study.next() == suggestion
+        study.report(suggestion.number, 90, score(suggestion))
+        assert study.complete(suggestion.number).reports == {10: 0.3, 90: score(suggestion)}
+        done.append(suggestion)
+    assert done == whole
+    assert [e.state for e in study.ended()] == ["complete"] * 5
+
+
+def test_lost_trials_come_by_number_before_new_ones(open_study):
+    study = open_study(sampler="random", trials=4)
+    handed = [hand_out(study) for _ in range(3)]
+    for number in (2, 0):
+        study.take_up(number)
+    assert [hand_out(study) for _ in range(2)] == [handed[0], handed[2]]
+    assert hand_out(study).number == 3
+
+
+def test_search_is_not_over_before_what_is_under_way_has_ended(open_study):
+    started = []
+
+    class Listener:
+        def trial_started(self, suggestion: Suggestion) -> None:
+            started.append(suggestion.number)
+
+    study = open_study(trials=2)
+    ask = StudySearcher(study, lambda s: s, Listener(), lambda: False, Course()).suggest
+    assert [ask(t)["order"].number for t in "ab"] == [0, 1]
+    assert ask("c") is None
+    study.take_up(1)
+    assert ask("d")["order"].number == 1
+    for number in range(2):
+        assert ask("e") is None
+        study.report(number, 90, 0.5)
+        study.complete(number)
+    assert ask("f") == Searcher.FINISHED
+    assert started == [0, 1]
 
 
 # --- after a crash --------------------------------------------------------------------------
@@ -986,7 +1038,7 @@ def test_search_that_is_over_hands_out_no_further_trial(open_study):
             raise AssertionError(suggestion)
 
     study = open_study()
-    searcher = StudySearcher(study, lambda s: None, Nobody(), over=lambda: True)
+    searcher = StudySearcher(study, lambda s: None, Nobody(), lambda: True, Course())
     assert searcher.suggest("a") == Searcher.FINISHED
     assert study.interrupted() == 0
 
