@@ -59,12 +59,35 @@ def test_bash_understands_it() -> None:
     subprocess.run(["bash", "-n", str(SCRIPT)], check=True)
 
 
+RAY = 'echo "ray $*" >> "$CALLS"\nexec sleep 300\n'
+SWEEP = """case "$*" in
+    *get_node_ip_address*) echo 127.0.0.1 ;;
+    *ray.nodes*) echo 2 ;;
+    *)
+        echo "sweep $*" >> "$CALLS"
+        echo "$RAY_AUTH_MODE $RAY_AUTH_TOKEN $FTD_CACHE" > "$CALLS.environment"
+        trap 'echo saved; exit 143' TERM
+        echo sweeping
+        for i in $(seq 300); do sleep 0.1; done
+        ;;
+esac
+"""
+
+
 @dataclass
 class Job:
     """One submission after the other of a sweep; the folder that its nodes share."""
 
     folder: Path
     sweep: Path
+
+    def without_ray(self) -> None:
+        """Stand-ins for Ray and the sweep, too: what is left is the script."""
+        programs = self.folder / "project" / ".venv" / "bin"
+        programs.mkdir(parents=True)
+        for name, body in {"ray": RAY, "python": SWEEP}.items():
+            (programs / name).write_text(f"#!/bin/bash\n{body}")
+            (programs / name).chmod(0o755)
 
     def environment(self, number: int, state: str) -> dict[str, str]:
         stand_ins = self.folder / "bin"
@@ -121,6 +144,42 @@ def job(tmp_path: Path) -> Job:
     return Job(tmp_path, write_sweep(tmp_path))
 
 
+def test_a_warning_reaches_the_sweep_and_the_job_goes_back_into_the_queue(job: Job) -> None:
+    job.without_ray()
+    process = job.submit(70_001, "search.trials=2")
+    try:
+        wait_for_line(job, 70_001, "sweeping", process)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 143
+    finally:
+        end(process)
+    assert "saved" in job.log(70_001)
+    [head] = [c for c in job.calls() if " --head " in c]
+    [worker] = [c for c in job.calls() if c.startswith("ray ") and c != head]
+    [sweep] = [c for c in job.calls() if c.startswith("sweep ")]
+    [requeue] = [c for c in job.calls() if c.startswith("requeue ")]
+    assert "--head --node-ip-address=127.0.0.1 --port=20001" in head
+    assert "--address=127.0.0.1:20001" in worker
+    assert f"ftd_ray.sweep {job.sweep} --resume --address 127.0.0.1:20001 store.uri=" in sweep
+    assert sweep.endswith(" search.trials=2")  # after the script's own, so that it wins
+    assert requeue == "requeue 70001"
+    mode, token, cache = (job.folder / "calls.environment").read_text().split()
+    assert mode == "token" and len(token) == 64
+    assert not Path(cache).is_relative_to(job.folder)
+
+
+def test_a_job_that_is_being_cancelled_is_not_put_back(job: Job) -> None:
+    job.without_ray()
+    process = job.submit(70_002, state="COMPLETING")
+    try:
+        wait_for_line(job, 70_002, "sweeping", process)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 143
+    finally:
+        end(process)
+    assert not [call for call in job.calls() if call.startswith("requeue")]
+
+
 @pytest.mark.heavy
 def test_a_sweep_goes_through_a_time_limit_and_the_queue_to_its_end(job: Job) -> None:
     one = os.getpid() % 9000 + 500  # names the port
@@ -145,19 +204,6 @@ def test_a_sweep_goes_through_a_time_limit_and_the_queue_to_its_end(job: Job) ->
     assert summary["state"] == "done"
     assert sum(summary["trials"].values()) == 2 and summary["trials"]["failed"] == 0
     assert job.calls() == [f"requeue {one}"]  # an end is none of Slurm's business
-
-
-@pytest.mark.heavy
-def test_a_cancelled_job_is_not_put_back(job: Job) -> None:
-    number = os.getpid() % 9000 + 502
-    process = job.submit(number, state="COMPLETING")
-    try:
-        wait_for_line(job, number, "Ray runtime started", process)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(180) == 143, job.log(number)
-    finally:
-        end(process)
-    assert job.calls() == []
 
 
 def end(process: subprocess.Popen[str]) -> None:
