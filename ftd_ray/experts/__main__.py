@@ -33,7 +33,7 @@ def _main(args: argparse.Namespace, console: Console) -> int:
     config = load_config(args.file, args.overrides)
     address = args.address or os.environ.get("RAY_ADDRESS")
     with reachable(config), reading(console) as progress:
-        plan = make_plan(config, progress)
+        plan = make_plan(config, progress, read=True)
     probe(config.store.uri, "store.uri")
     tracker = open_tracker(config, dry_run=args.dry_run)
     missing = []

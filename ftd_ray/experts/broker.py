@@ -14,6 +14,7 @@ import uuid
 from collections import defaultdict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import ray
@@ -44,6 +45,7 @@ from ftd_ray.experts.orders import (
 )
 from ftd_ray.storage import place_error
 from ftd_ray.store import TrajectoryStore
+from ftd_ray.store.published import PublishedExperts
 
 SILENT_SECONDS = 300
 """What is only wanted by askers that were not heard of for so long is dropped, until they are."""
@@ -132,6 +134,7 @@ class Broker(Lingering):
 
     def __init__(self, store_uri: str, schema: int, version: str) -> None:
         self._store = TrajectoryStore(store_uri)
+        self._published_experts = PublishedExperts(self._store)
         self._id = uuid.uuid4().hex
         self._askers: dict[str, _Asker] = {}
         self._jobs: dict[tuple[str, int], _Job] = {}
@@ -295,6 +298,7 @@ class Broker(Lingering):
                     raise cause from None
                 else:
                     raise
+        self._published_experts.built(order.key, index, job.epochs)
         payer = next(iter(job.askers.values()), None)
         for asker in set(job.askers.values()) & self._askers.keys():
             wanted = self._askers[asker].sets[order.key]
@@ -369,25 +373,30 @@ class Broker(Lingering):
     # --- the store --------------------------------------------------------------------------
 
     async def _published(self, order: ExpertOrder) -> dict[int, int]:
-        """Expert -> its last published epoch."""
+        """Expert -> its last published epoch, from memory where that is all that is wanted.
 
-        def look() -> dict[int, int]:
-            experts = self._store.expert_set(order.identity)
-            manifests = {i: experts.manifest(i) for i in experts.experts()}
-            return {i: m.epochs for i, m in manifests.items() if m is not None}
-
+        Whoever fills a store has every manifest read; trials read those of their experts anyway.
+        """
+        look = partial(
+            self._published_experts.epochs,
+            order.identity,
+            order.count,
+            order.epochs,
+            read=order.urgency is Urgency.FILL,
+        )
         try:
             try:
-                return await asyncio.to_thread(look)
+                return await look()
             except DamagedError:
                 await self._mend(order)
-                return await asyncio.to_thread(look)
+                return await look()
         except OSError as error:
             raise place_error(self._store.uri, "the store", error, verb="read") from error
 
     async def _mend(self, order: ExpertOrder) -> list[int]:
         async with self._mending[order.key]:
             found = await asyncio.to_thread(self._quarantine_damaged, order)
+            self._published_experts.forget(order.key)  # or something of it was missed
         for index, reason in found.items():
             self._note(order, index, reason)
         return list(found)
