@@ -299,7 +299,7 @@ def files_below(uri: str) -> list[str]:
 def remove_file(uri: str) -> None:
     """Removes a file, if it is there."""
     filesystem, path = open_uri(uri)
-    if filesystem.get_file_info(path).type == pafs.FileType.File:
+    with contextlib.suppress(FileNotFoundError):
         filesystem.delete_file(path)
 
 
