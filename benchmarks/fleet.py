@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import psutil
 import ray
@@ -102,17 +101,16 @@ def _share(work: ExpertRequest, share: Sequence[int], barrier: Any, queue: Any) 
 @contextmanager
 def four_nodes() -> Iterator[None]:
     """A Ray cluster of four nodes of a CPU each."""
-    with mock.patch.dict(os.environ, {"RAY_AUTH_MODE": "disabled"}):
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-        try:
-            for _ in range(NODES - 1):
-                cluster.add_node(num_cpus=1)
-            ray.init(cluster.address, log_to_driver=False, logging_level="ERROR")
-            settle()
-            yield
-        finally:
-            ray.shutdown()
-            cluster.shutdown()
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        for _ in range(NODES - 1):
+            cluster.add_node(num_cpus=1)
+        ray.init(cluster.address, log_to_driver=False, logging_level="ERROR")
+        settle()
+        yield
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
 
 
 def settle(seconds: float = 60) -> None:

@@ -28,7 +28,7 @@ from ftd_ray.pictures import short_names
 from ftd_ray.search import Ended, Suggestion, SweepStudy
 from ftd_ray.tracking.tracker import Tracker
 from ftd_ray.trial import Report
-from ftd_ray.workers import TrialOrder, start_pool
+from ftd_ray.workers import OnNode, TrialOrder, start_pool
 
 TRIALS = 1000
 CURVE = 30
@@ -81,7 +81,7 @@ def _picture() -> bytes:
 PICTURE = _picture()
 
 
-class ZeroWorker:
+class ZeroWorker(OnNode):
     """A trial worker whose one report is there at once."""
 
     def begin(self, spec: bytes) -> None:
@@ -192,7 +192,6 @@ def trials_by_tune(folder: Path) -> dict[str, float]:
                 order=order,
                 tick=lambda: None,
                 over=lambda: False,
-                trials=TRIALS,
                 concurrency=config.search.concurrency,
             )
             tracker.finish("FINISHED")

@@ -220,17 +220,16 @@ def _s3_times(uri: str, who: dict[str, Any], cold: bool) -> list[float]:
 @contextlib.contextmanager
 def ray_here() -> Iterator[None]:
     """A Ray of this machine's own."""
-    with mock.patch.dict(os.environ, {"RAY_AUTH_MODE": "disabled"}):
-        ray.init(
-            "local",
-            include_dashboard=False,
-            log_to_driver=False,
-            object_store_memory=10**9,
-        )
-        try:
-            yield
-        finally:
-            ray.shutdown()
+    ray.init(
+        "local",
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=10**9,
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()
 
 
 def _key(uri: str, who: dict[str, Any]) -> str:

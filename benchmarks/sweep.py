@@ -53,7 +53,7 @@ def sweep(folder: Path, name: str, *overrides: str) -> dict[str, Any]:
     subprocess.run(
         [*command, "output.dir=run", *overrides],
         cwd=folder,
-        env=os.environ | {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
         stdout=subprocess.DEVNULL,
         check=True,
     )

@@ -160,7 +160,24 @@ TAIL = """\
 | complete | COMPLETE | TERMINATED | FINISHED, tag `ftd.state` = complete |
 | pruned | PRUNED | TERMINATED | FINISHED, tags `ftd.state` = pruned and `pruned` |
 | failed | FAIL, user attributes `reason` and `diverged` | ERROR | FAILED, tag `ftd.reason` |
+| lost with its process, taken up again | RUNNING | ERROR, and there once more | RUNNING |
 | interrupted, to be resumed | RUNNING | (gone) | KILLED until resumed |
+
+## What is lost, and what then
+
+- A process (of Tune's, a worker, the pool, the broker, an expert's) or a node: its trials and
+  experts are taken up again under their own numbers, from their checkpoints, without bound. Only
+  what ends its own process eight times in a row, on nodes that stay, and gets no further fails for
+  it.
+- A GPU or its driver, the data set or the experts on one node, the room on its disk, a GPU that
+  strangers hold: the same, elsewhere first. A node where that happens three times in a row, and
+  nothing succeeds in between, is left out, named once, and listed as `left_out` in `summary.json`.
+- The memory of a GPU, to a trial or an expert that is too large for its share: it is tried three
+  times, for there may be larger ones; then it fails, with what it needed and what to set.
+- The store, the sweep's folder, or the last node: the sweep stops with its state saved, and
+  `--resume` goes on.
+
+Before its first use each device does a small matching step with a known answer.
 """
 
 

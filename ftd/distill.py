@@ -10,6 +10,7 @@ that is evaluated and saved is a moving average of the images, x^:
                 initial images, which otherwise are most of it for the first 1 / (1 - beta) steps
 """
 
+import math
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -50,10 +51,13 @@ LR_INIT = 0.01
 EMA_DECAY = 0.9999
 
 SEARCHED_LR = tuple(10 ** (e / 2) for e in range(-8, 1))
-"""Initial learning rates among which ``rmsprop`` looks for the best, ascending."""
+"""Initial learning rates that ``rmsprop`` chooses from, ascending."""
 
 SEARCH_SEGMENTS = 3
 """Segments that it looks at."""
+
+SEARCH_LOSS = 2.0
+"""Matching loss of a student that goes as far as the expert does, at right angles to its way."""
 
 SEGMENTS_AHEAD = 4
 """Segments that are on their way while a step computes: one that is late holds nothing up."""
@@ -84,9 +88,11 @@ class DistillConfig:
     standard deviations of the pixels, before momentum (with ipc images, each changes by an ipc-th
     of it); None for 0.05."""
     lr_lr: float | None = None
-    """Learning rate of eta. sgd: None for 1e-7. rmsprop: of log eta; None for 0.05."""
+    """Learning rate of eta. sgd: None for 1e-7. rmsprop: the share by which eta changes in a step,
+    before momentum; None for 0.05."""
     lr_init: float | None = None
-    """Initial eta. None: 0.01 for sgd; for rmsprop the one that matches some segments best."""
+    """Initial eta. None: 0.01 for sgd; for rmsprop the largest power of sqrt(10) at which a student
+    goes no farther than the expert."""
     ema_decay: float | None = None
     """beta of the moving average of the images, which starts at the initial ones; 0 takes the
     images themselves. None for 0.9999, unless there is ema_share."""
@@ -245,6 +251,8 @@ class DistillState:
     image_square: Tensor | None = None
     """(N,) running mean square of each image's gradient; this and what follows of rmsprop."""
     label_square: Tensor | None = None
+    lr_square: Tensor | None = None
+    """(1,), of the slope of log eta."""
     image_scale: Tensor | None = None
     """Standard deviation of the pixels in network space, a scalar."""
     label_scale: Tensor | None = None
@@ -310,7 +318,7 @@ def initial_state(
     if config.labels == "soft":
         labels = _expert_logits(trajectories, gradients, images, labels, epochs)
     if config.lr_init is None:
-        syn_lr = _best_lr(config, data.strategy, trajectories, gradients, images, labels, seed)
+        syn_lr = _initial_lr(config, data.strategy, trajectories, gradients, images, labels, seed)
     else:
         syn_lr = torch.tensor(config.lr_init, device=images.device)
     unitless = config.optimiser == "rmsprop"
@@ -334,7 +342,7 @@ def _pixel_std(data: Dataset) -> Tensor:
 
 
 @torch.no_grad()
-def _best_lr(
+def _initial_lr(
     config: DistillConfig,
     strategy: str,
     trajectories: Trajectories,
@@ -343,9 +351,11 @@ def _best_lr(
     labels: Tensor,
     seed: int,
 ) -> Tensor:
-    """The learning rate in ``SEARCHED_LR`` at which the student matches some segments best.
+    """The largest learning rate in ``SEARCHED_LR`` with a mean loss of at most ``SEARCH_LOSS``.
 
-    From the smallest up, until the mean log L rises: each costs a few unrolls and no second order.
+    It lets the student go about as far as the expert: the images then have only to turn its way.
+    Where L is smallest at first says less: real images as they are serve a student so little that
+    it would stay where it is. From the smallest up; each costs a few unrolls and no second order.
     """
     device = images.device
 
@@ -357,16 +367,16 @@ def _best_lr(
         return _tensor(start, device), _tensor(target, device), steps
 
     segments = [segment(number) for number in range(SEARCH_SEGMENTS)]
-    best, lowest = torch.tensor(SEARCHED_LR[0], device=device), float("inf")
+    best = torch.tensor(SEARCHED_LR[0], device=device)
     for value in SEARCHED_LR:
         syn_lr = torch.tensor(value, device=device)
         mean = 0.0
         for start, target, steps in segments:
             end = unroll(gradients, start, images, labels, syn_lr, steps)[-1]
             mean += matching_loss(end, start, target).log().item() / len(segments)
-        if not mean < lowest:
+        if not mean <= math.log(SEARCH_LOSS):
             break
-        best, lowest = syn_lr, mean
+        best = syn_lr
     return best
 
 
@@ -561,10 +571,11 @@ def _rmsprop(config: DistillConfig, state: DistillState, result: Match) -> Disti
         state.image_scale,
         "lr_img",
     )
-    syn_lr, lr_velocity = log_lr_step(
+    syn_lr, of_lr = log_lr_step(
         state.syn_lr,
         result.grad_lr / result.loss,
-        state.lr_velocity,
+        Descent(state.lr_velocity, state.lr_square),
+        step=state.step,
         lr=config.rate("lr_lr"),
         momentum=config.momentum,
     )
@@ -583,7 +594,8 @@ def _rmsprop(config: DistillConfig, state: DistillState, result: Match) -> Disti
         image_velocity=of_images.velocity,
         image_square=of_images.square,
         syn_lr=syn_lr,
-        lr_velocity=lr_velocity,
+        lr_velocity=of_lr.velocity,
+        lr_square=of_lr.square,
         labels=labels,
         label_velocity=of_labels.velocity,
         label_square=of_labels.square,

@@ -14,17 +14,17 @@ and the experts, so that rates which suit one configuration are fatal to the nex
 
     g = (dL/dx) / L,  of each image by itself
     s <- beta s + (1 - beta) rms(g)^2;  r = max(sqrt(s / (1 - beta^k)), rms(g))
-    v <- mu v + g / r;  x <- x - (lr_img sigma / IPC) v    likewise y with lr_label
-    h = clip(eta (dL/deta) / L, -4, 4)
-    v <- mu v + h;  u <- u - lr_lr v
+    v <- mu v + g / r;  x <- x - (lr_img sigma / IPC) v
+    likewise y with lr_label, and u with lr_lr and g = eta (dL/deta) / L
 
 This is RMSProp with momentum (Tieleman & Hinton, 2012; torch.optim.RMSprop) with one running mean
 square an image (as Adam-mini's blocks, Zhang et al., ICLR 2025), corrected for its start as Adam's
 (Kingma & Ba, ICLR 2015). sigma is the standard deviation of the pixels in network space (of the
 first logits for y): ``lr_img`` is what a gradient changes the images of a class by, taken together,
-in standard deviations, and momentum makes at most lr_img / (1 - mu) of it in one step, since the
-maximum in r keeps a gradient that grows suddenly from a leap. d log L / d log eta has no unit to
-begin with and vanishes where eta is right, so it is only clipped.
+in standard deviations, ``lr_lr`` the share by which it changes eta. Momentum makes at most
+1 / (1 - mu) of it in one step, since the maximum in r keeps a gradient that grows suddenly from a
+leap. d log L / d log eta has no unit to begin with, but where images are still of little use,
+L is near 1 whatever eta is: without r, eta would creep for hundreds of steps.
 """
 
 from dataclasses import dataclass
@@ -39,13 +39,10 @@ OPTIMISERS = ("sgd", "rmsprop")
 SQUARE_DECAY = 0.9
 """beta of the running mean squares."""
 
-LOG_LR_CLIP = 4.0
-"""At most so much of d log L / d log eta counts."""
-
 
 @dataclass(frozen=True, eq=False)
 class Descent:
-    """What the optimiser remembers of one tensor of images or logits."""
+    """What the optimiser remembers of images, logits or log eta."""
 
     velocity: Tensor | None = None
     square: Tensor | None = None
@@ -76,14 +73,11 @@ def rmsprop_step(
 
 
 def log_lr_step(
-    syn_lr: Tensor,
-    grad: Tensor,
-    velocity: Tensor | None,
-    *,
-    lr: float,
-    momentum: float,
-) -> tuple[Tensor, Tensor | None]:
+    syn_lr: Tensor, grad: Tensor, memory: Descent, *, step: int, lr: float, momentum: float
+) -> tuple[Tensor, Descent]:
     """One step of ``rmsprop`` for eta = exp(u); ``grad`` is that of log L with respect to eta."""
-    slope = (syn_lr * grad).clamp(-LOG_LR_CLIP, LOG_LR_CLIP)
-    change, velocity = sgd_step(torch.zeros_like(syn_lr), slope, velocity, lr=lr, momentum=momentum)
-    return syn_lr * change.exp(), velocity
+    slope = (syn_lr * grad).view(1, 1)  # one image of one pixel
+    change, new = rmsprop_step(
+        torch.zeros_like(slope), slope, memory, step=step, lr=lr, momentum=momentum
+    )
+    return syn_lr * change[0, 0].exp(), new

@@ -3,26 +3,40 @@
 Tune's own OptunaSearch tells pruned trials as complete and cannot reopen a study; here both
 hooks of Tune lead to the same ``SweepStudy``, and what happens to a trial is told to a listener
 (progress, MLflow) at the same place.
+
+Only a trial's own behaviour fails it. One whose process was lost is an error for Tune and still
+open for the study, which hands it out again under its number, as a new trial of Tune's: as often as
+it takes, while any trial gets further. (Tune's own ``max_failures`` is not for that: it does not
+take up a trial whose actor dies while it is handed on, nor any when a process ends for memory.)
 """
 
+import itertools
 import os
 import pickle
 import shutil
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import pyarrow as pa
+import ray
 from ray import tune
+from ray.exceptions import RayError, RayTaskError
 from ray.tune import Callback, Stopper, TuneError
 from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from ftd.errors import UserError
+from ftd_ray.nodes import NODE_LABEL
 from ftd_ray.search import Ended, Suggestion, SweepStudy
 from ftd_ray.trial import Report
 from ftd_ray.workers import LIGHT_BYTES, SweepTrial, TrialOrder
+
+LOST_IN_A_ROW = 20
+"""Processes of trials that are lost while no trial reports anything, before the sweep stops. They
+lie beside the driver and only pass things on, so what ends so many of them ends them all."""
 
 
 class Listener(Protocol):
@@ -47,6 +61,24 @@ class DriverOnly:
         return self
 
 
+@dataclass
+class Course:
+    """What a listener was told of trials that may be taken up again, over all runs of Tune."""
+
+    started: set[int] = field(default_factory=set)
+    steps: dict[int, int] = field(default_factory=dict)
+    """Trial -> its last report."""
+    lost: int = 0
+    """Processes, since any trial's last report."""
+
+    def is_new(self, number: int, step: int) -> bool:
+        """Whether that report was not told yet. What was lost may have to be worked out again."""
+        self.lost = 0
+        new = step > self.steps.get(number, -1)
+        self.steps[number] = max(step, self.steps.get(number, -1))
+        return new
+
+
 class StudySearcher(DriverOnly, Searcher):
     """Tune asks for trials here."""
 
@@ -56,18 +88,22 @@ class StudySearcher(DriverOnly, Searcher):
         order: Callable[[Suggestion], TrialOrder],
         listener: Listener,
         over: Callable[[], bool],
+        course: Course,
     ):
         super().__init__(metric="val_accuracy", mode="max")
         self._study, self._order, self._listener, self._over = study, order, listener, over
+        self._course = course
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         if self._over():  # Tune asks for trials before it asks whether to stop
             return Searcher.FINISHED
         suggestion = self._study.next()
-        if suggestion is None:
-            return Searcher.FINISHED
+        if suggestion is None:  # not yet the end: what is under way may be lost, and come again
+            return None if self._study.live() else Searcher.FINISHED
         order = self._order(suggestion)
-        self._listener.trial_started(suggestion)
+        if suggestion.number not in self._course.started:
+            self._course.started.add(suggestion.number)
+            self._listener.trial_started(suggestion)
         return {"order": order}
 
     def on_trial_complete(
@@ -85,9 +121,9 @@ class StudySearcher(DriverOnly, Searcher):
 class StudyScheduler(DriverOnly, FIFOScheduler):
     """Tune reports here; the study's pruner says whether a trial goes on."""
 
-    def __init__(self, study: SweepStudy, listener: Listener):
+    def __init__(self, study: SweepStudy, listener: Listener, course: Course):
         super().__init__()
-        self._study, self._listener = study, listener
+        self._study, self._listener, self._course = study, listener, course
         self._failures: dict[int, tuple[str, bool]] = {}
         """Why a trial fails, and whether it diverged."""
 
@@ -102,6 +138,8 @@ class StudyScheduler(DriverOnly, FIFOScheduler):
             self._failures[number] = result["failure"], result["diverged"]
             return TrialScheduler.CONTINUE  # the trial raises at its next step
         report: Report = pickle.loads(result["report"])
+        if not self._course.is_new(number, report.step):
+            return TrialScheduler.CONTINUE
         prune = self._report(number, report)
         pruned = self._study.prune(number) if prune and not report.done else None
         self._listener.trial_reported(number, report)
@@ -118,8 +156,9 @@ class StudyScheduler(DriverOnly, FIFOScheduler):
             return
         if "report" in result:  # the last one comes here instead of to on_trial_result
             report: Report = pickle.loads(result["report"])
-            self._report(number, report)
-            self._listener.trial_reported(number, report)
+            if self._course.is_new(number, report.step):
+                self._report(number, report)
+                self._listener.trial_reported(number, report)
         self._listener.trial_ended(self._study.complete(number))
 
     def _report(self, number: int, report: Report) -> bool:
@@ -132,16 +171,29 @@ class StudyScheduler(DriverOnly, FIFOScheduler):
         )
 
     def on_trial_error(self, tune_controller: Any, trial: TuneTrial) -> None:
-        self._fail(trial)
+        number = _number(trial)
+        if not self._study.is_live(number):
+            return
+        reason, diverged = self._failures.pop(number, (_own_behaviour(trial), False))
+        if reason is None:
+            self.lost(number)
+        else:
+            self._listener.trial_ended(self._study.fail(number, reason, diverged=diverged))
 
     def on_trial_remove(self, tune_controller: Any, trial: TuneTrial) -> None:
-        self._fail(trial)
+        if self._study.is_live(number := _number(trial)):
+            self.lost(number)
 
-    def _fail(self, trial: TuneTrial) -> None:
-        number = _number(trial)
-        if self._study.is_live(number):
-            reason, diverged = self._failures.get(number) or (_last_line(trial), False)
-            self._listener.trial_ended(self._study.fail(number, reason, diverged=diverged))
+    def lost(self, number: int) -> None:
+        """A trial's process is gone, and with it what Tune knew."""
+        self._study.take_up(number)
+        self._course.lost += 1
+        if self._course.lost == LOST_IN_A_ROW:
+            self._listener.halted(
+                number,
+                f"{LOST_IN_A_ROW} processes of trials were lost on this machine, one after the "
+                "other, and none got further. Is there memory and room for processes?",
+            )
 
 
 class Halt(DriverOnly, Stopper):
@@ -174,38 +226,50 @@ def run_search(
     order: Callable[[Suggestion], TrialOrder],
     tick: Callable[[], None],
     over: Callable[[], bool],
-    trials: int,
     concurrency: int,
 ) -> tune.ResultGrid:
-    """Has Tune run ``trials`` more trials of the study, in actors that one takes from the other.
+    """Has Tune run the trials of the study that are left, in actors that one takes from the other.
 
     ``order`` says what work a suggestion is; ``tick`` is called at every turn of Tune's loop, and
     what it raises ends the search; ``over`` ends it in good order, with trials under way left as
-    they are in the study. Returns Tune's own table, in which failed trials alone are errors.
+    they are in the study. Returns Tune's own table of its last run, in which a trial that was lost
+    is an error and stands again further down.
     """
+    course = Course()
+    scheduler = StudyScheduler(study, listener, course)
     scratch = tempfile.mkdtemp(prefix="ftd-tune-")
+    beside_the_driver = tune.PlacementGroupFactory(
+        [{"CPU": 0, "memory": LIGHT_BYTES}],
+        bundle_label_selector=[{NODE_LABEL: ray.get_runtime_context().get_node_id()}],
+    )
     try:
-        return tune.Tuner(
-            tune.with_resources(
-                SweepTrial, tune.PlacementGroupFactory([{"CPU": 0, "memory": LIGHT_BYTES}])
-            ),
-            tune_config=tune.TuneConfig(
-                search_alg=StudySearcher(study, order, listener, over),
-                scheduler=StudyScheduler(study, listener),
-                num_samples=trials,
-                max_concurrent_trials=concurrency,
-                reuse_actors=True,
-            ),
-            run_config=tune.RunConfig(
-                name="trials",
-                storage_path=scratch,
-                verbose=0,
-                callbacks=[Ticker(tick)],
-                stop=Halt(over),
-            ),
-        ).fit()
-    except TuneError as error:
-        raise _own_error(error) or error from None
+        for run in itertools.count():
+            try:
+                return tune.Tuner(
+                    tune.with_resources(SweepTrial, beside_the_driver),
+                    tune_config=tune.TuneConfig(
+                        search_alg=StudySearcher(study, order, listener, over, course),
+                        scheduler=scheduler,
+                        num_samples=-1,  # the study knows how many
+                        max_concurrent_trials=concurrency,
+                        reuse_actors=True,
+                    ),
+                    run_config=tune.RunConfig(
+                        name=f"trials-{run}",
+                        storage_path=scratch,
+                        verbose=0,
+                        callbacks=[Ticker(tick)],
+                        stop=Halt(over),
+                    ),
+                ).fit()
+            except (TuneError, RuntimeError) as error:
+                if own := _own_error(error):
+                    raise own from None
+                if not isinstance(error.__cause__, RayError):
+                    raise
+                for number in study.live():  # such as of a process that was ended for memory
+                    scheduler.lost(number)
+        raise AssertionError("not reached")
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -224,11 +288,13 @@ def _number(trial: TuneTrial) -> int:
     return order.number
 
 
-def _last_line(trial: TuneTrial) -> str:
-    """The end of what Tune wrote down about an error that was not ours."""
-    if trial.error_file and os.path.exists(trial.error_file):
-        with open(trial.error_file) as f:
-            lines = [line.strip() for line in f if line.strip()]
-        if lines:
-            return lines[-1]
-    return "its process was lost"
+def _own_behaviour(trial: TuneTrial) -> str | None:
+    """What the code of a trial raised, in one line; None where its process was lost under it."""
+    if not trial.pickled_error_file or not os.path.exists(trial.pickled_error_file):
+        return None
+    with open(trial.pickled_error_file, "rb") as f:
+        error = ray.cloudpickle.load(f)
+    if not isinstance(error, RayTaskError) or isinstance(error.cause, RayError):
+        return None
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error.cause).__name__

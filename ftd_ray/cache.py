@@ -27,6 +27,8 @@ SETS_OPEN = 8
 """Sets whose files a reader keeps open."""
 OBJECT_STORE_SHARE = 0.5
 """Of a node's object store, at most, whatever limit is asked for."""
+IDLE_SECONDS = 30
+"""After the last worker of its node has ended, a cache does not keep that node any longer."""
 ATTEMPTS = 3
 """Times that a worker asks a cache that dies; then it reads the store itself."""
 
@@ -37,6 +39,8 @@ T = TypeVar("T")
 
 class SegmentCache(Lingering):
     """The actor. Snapshots are read once, however many ask for them at the same time."""
+
+    idle_seconds = IDLE_SECONDS
 
     def __init__(self, store_uri: str, schema: int, version: str) -> None:
         self._most = int(_object_store_bytes() * OBJECT_STORE_SHARE)
@@ -156,24 +160,35 @@ class CachedExperts:
         self.experts = count
         self._uri, self._key, self._limit = store_uri, key, limit
         self._cache: Any = None
-        self._alone = threading.Lock()
+        self._one = threading.Lock()
         self._direct: ExpertSet | None = None
 
     def segment(self, expert: int, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
         """Parameters (P,), read-only, of an expert at two epochs. Raises what the store raises."""
         for _ in range(ATTEMPTS):
+            cache = None
             try:
-                cache = self._cache = self._cache or node_cache(self._uri)
+                cache = self._joined()
                 get = cache.get.remote(self._key, expert, (start, end), self._limit)
                 first, last = ray.get(get)
                 return ray.get(first), ray.get(last)
             except RayTaskError as error:
                 raise error.cause if isinstance(error.cause, Exception) else error from None
             except RayError:  # the cache died, and its arrays with it
-                self._cache = None
-        with self._alone:  # a set has one reader at a time
+                with self._one:
+                    self._cache = None if self._cache is cache else self._cache
+        with self._one:  # a set has one reader at a time
             self._direct = self._direct or TrajectoryStore(self._uri).at(self._key)
             return self._direct.segment(expert, start, end)
+
+    def _joined(self) -> Any:
+        """The node's cache, which does not end before this actor."""
+        with self._one:
+            if self._cache is None:
+                self._cache = node_cache(self._uri)
+                if ray.get_runtime_context().get_actor_id() is not None:
+                    self._cache.join.remote(ray.get_runtime_context().current_actor)
+            return self._cache
 
 
 def node_cache(store_uri: str) -> Any:

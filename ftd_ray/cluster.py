@@ -8,21 +8,21 @@ import warnings
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import AuthenticationError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ftd.errors import UserError
+from ftd_ray.autoscaler import Autoscaler, find_autoscaler
 from ftd_ray.config import SweepConfig
-from ftd_ray.experts.room import capacity
-from ftd_ray.plan import lacking
+from ftd_ray.local import ask_for_token
+from ftd_ray.plan import Need, needs
 from ftd_ray.storage import is_local, join, write_bytes
 
 
 def start_ray(address: str | None) -> None:
     """Joins or starts Ray, quietly: what is worth saying, the driver says itself."""
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled" if address is None else "")
-    if not os.environ["RAY_AUTH_MODE"]:
-        del os.environ["RAY_AUTH_MODE"]
+    if address is None:
+        ask_for_token()
     for key, value in {
         "RAY_DEDUP_LOGS": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -43,6 +43,12 @@ def start_ray(address: str | None) -> None:
         ray.init(
             log_to_driver=False, logging_level=logging.ERROR, configure_logging=True, **options
         )
+    except AuthenticationError as error:
+        raise UserError(
+            f"the Ray cluster at {address or 'this machine'} asks for another token, or for one at "
+            "all. Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to the file that its nodes have "
+            "(else it is ~/.ray/auth_token)."
+        ) from error
     except Exception as error:  # Ray has no class of its own for a start that failed
         if address is None:
             raise UserError(f"Ray could not be started here ({error}).") from error
@@ -53,7 +59,7 @@ def start_ray(address: str | None) -> None:
 
 def _check_answers(address: str) -> None:
     """Ray tries for minutes to reach a cluster that is not there."""
-    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    host, colon, port = address.rpartition(":")
     if not colon or not port.isdigit():  # such as auto
         return
     try:
@@ -69,26 +75,42 @@ def _unreachable(address: str, reason: object) -> UserError:
     )
 
 
-def check_cluster(config: SweepConfig, *, experts_only: bool = False) -> None:
-    """Raises UserError when no node can run a worker, or when local places are not shared.
+def check_cluster(config: SweepConfig, *, experts_only: bool = False) -> Autoscaler | None:
+    """The cluster's autoscaler, if it has one.
 
-    With ``experts_only`` trials and the sweep's folder do not matter.
+    Raises UserError when no node, of those that stand and those that it may start, can run a
+    worker, or when local places are not shared. With ``experts_only`` trials and the sweep's folder
+    do not matter.
     """
     nodes = [n for n in ray.nodes() if n["Alive"]]
-    missing = lacking(config, capacity(), experts_only=experts_only)
-    if missing:
-        raise UserError(f"{missing[0]} in the cluster. Lower resources.*, or add such nodes.")
-    if capacity() == dict(ray.cluster_resources()):  # it will not grow: one node must do
-        short = [lacking(config, n["Resources"], experts_only=experts_only) for n in nodes]
-        if all(short):
-            raise UserError(
-                f"{short[0][0]} on any one node. Lower resources.*, or add larger nodes."
-            )
+    autoscaler = find_autoscaler()
+    for need in needs(config, experts_only=experts_only):
+        _check_held(need, [n["Resources"] for n in nodes], autoscaler)
     if len(nodes) > 1:
         places = {"store.uri": config.store.uri}
         if not experts_only:
             places["output.dir"] = config.output_dir
         _check_shared(places, nodes)
+    return autoscaler
+
+
+def _check_held(need: Need, nodes: list[dict[str, float]], autoscaler: Autoscaler | None) -> None:
+    """Some node must hold a worker, now or later on."""
+    later = [] if autoscaler is None else autoscaler.kinds()
+    if later is None:
+        return
+    lacking = [need.lacking(resources) for resources in (*nodes, *later)]
+    if not all(lacking):
+        return
+    if autoscaler is not None:
+        raise UserError(
+            f"{min(lacking, key=len)[0]} on any node that stands or that the cluster's autoscaler "
+            f"may start ({autoscaler}). Lower resources.*, or add such a type of node to the "
+            "cluster's file."
+        )
+    if missing := need.lacking(ray.cluster_resources()):
+        raise UserError(f"{missing[0]} in the cluster. Lower resources.*, or add such nodes.")
+    raise UserError(f"{lacking[0][0]} on any one node. Lower resources.*, or add larger nodes.")
 
 
 def _check_shared(places: dict[str, str], nodes: list[dict[str, Any]]) -> None:

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from ftd_ray.plan import Plan
 
 
+ADDRESS_HELP = "of a Ray cluster, auto or HOST:PORT; else RAY_ADDRESS, else a local one"
+
+
 def sweep_parser(name: str, description: str) -> argparse.ArgumentParser:
     """The parser of a command that works on a sweep's file; read by ``parse_intermixed_args``."""
     parser = argparse.ArgumentParser(
@@ -29,8 +32,23 @@ def sweep_parser(name: str, description: str) -> argparse.ArgumentParser:
         "overrides", nargs="*", metavar="key.path=value", help="values in place of the file's"
     )
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
-    parser.add_argument("--address", help="of a Ray cluster; else RAY_ADDRESS, else a local one")
+    parser.add_argument("--address", help=ADDRESS_HELP)
     return parser
+
+
+def ray_address(given: str | None) -> str | None:
+    """Of the cluster: ``given``, else RAY_ADDRESS; None for a local one that is to be started.
+
+    Raises UserError for addresses through which a driver cannot work.
+    """
+    source, address = ("--address", given) if given else ("RAY_ADDRESS", os.getenv("RAY_ADDRESS"))
+    if address and "://" in address:
+        raise UserError(
+            f"{source}={address}: a driver works beside its cluster, not through "
+            f"{address.partition('://')[0]}://. Run this command on the head with --address auto, "
+            "by `ray job submit` or `ray exec`."
+        )
+    return address if address not in ("", "local") else None
 
 
 def exit_code(name: str, command: Callable[[], int]) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 import yaml
+from ray.exceptions import RayError
 from rich.console import Console
 
 from ftd.errors import UserError
@@ -43,6 +44,7 @@ from ftd_ray.trial import (
     forget_checkpoint,
     forget_checkpoints,
 )
+from ftd_ray.waiting import NodeWatch
 from ftd_ray.worked import Worked
 from ftd_ray.workers import TrialOrder, start_pool
 
@@ -80,6 +82,7 @@ class Sweep:
         self._best: dict[str, bytes] = {}
         """Files of the best set, by name."""
         self._pool: Any = None
+        self._asked_pool: Any = None
         self._phases: dict[str, float] = {}
         self._phase_began = time.monotonic()
         self._final_worked = self._evaluating = 0.0
@@ -101,9 +104,11 @@ class Sweep:
         """Runs to the end; returns the exit code. Raises UserError or Interrupted."""
         start_ray(address)
         self._signals.arm()  # Ray has taken SIGTERM for itself
+        self._signals.at_once(self._keep_state)
         self._phase("start of Ray")
         try:
-            check_cluster(self.config)
+            self._nodes = NodeWatch(self.config, check_cluster(self.config), self._say)
+            self._nodes.announce()
             if address is not None:  # nodes may come that have not got the data set
                 self._experts.ship()
             try:
@@ -128,10 +133,10 @@ class Sweep:
                 self.tracker.finish("FAILED")
                 raise
             finally:
-                self._experts.end()
-                self._usage.end()
                 if hasattr(self, "study"):
                     self._close_study()
+                self._experts.end()
+                self._usage.end()
         finally:
             ray.shutdown()
         print()
@@ -209,7 +214,6 @@ class Sweep:
             order=self._order,
             tick=self._tick,
             over=lambda: self._stopped_by is not None,
-            trials=left,
             concurrency=config.search.concurrency,
         )
         if self.study.interrupted() == 0 and len(self.study.ended()) >= config.search.trials:
@@ -235,7 +239,7 @@ class Sweep:
                 self._experts.shipment,
                 self._open_pool(),
                 self._say,
-                self._signals.check,
+                self._final_tick,
                 self._worked.just_now,
             )
             results, self._best = final.run([(t, self._set_of(t)) for t in finalists])
@@ -254,6 +258,10 @@ class Sweep:
         self._phase("results")
         self._write_summary(summary)  # last: with it the sweep is over
         return summary
+
+    def _final_tick(self) -> None:
+        self._signals.check()
+        self._nodes.look(None, self._pool)
 
     def _close_study(self) -> None:
         """What stopped a sweep may still be in the way, and is said already."""
@@ -359,7 +367,20 @@ class Sweep:
             self.study.sync()
             self._watch_budget()
             self.tracker.fleet(self._experts.status)
+            self._nodes.look(self._experts.status, self._pool)
+            self._exchange_left_out()
             self._tell_notes()
+
+    def _exchange_left_out(self) -> None:
+        """A node that fails trials gets no experts, and the other way round."""
+        if self._pool is None:
+            return
+        if self._asked_pool is None:
+            self._asked_pool = self._pool.left_out.remote(self._experts.status.left_out)
+        elif ray.wait([self._asked_pool], timeout=0)[0]:
+            asked, self._asked_pool = self._asked_pool, None
+            with contextlib.suppress(RayError):
+                self._experts.leave_out(ray.get(asked))
 
     def _remember(self) -> None:
         self._remembered = time.monotonic()
@@ -427,6 +448,7 @@ class Sweep:
                 "seconds": experts.seconds,
                 "bytes": self._bytes_of(experts.built),
             },
+            "left_out": list(self._experts.left_out.values()),
             "interrupted": self.study.interrupted(),
             "failures": [asdict(f) for f in diagnose(ended, config.space)],
             "objectives": list(config.search.objectives),
@@ -468,14 +490,25 @@ class Sweep:
                 total += sizes[key].get(index, 0)
         return total
 
+    def _keep_state(self) -> None:
+        """What has to be done first: whoever stops a job, such as Ray, kills it 3 s later.
+
+        Called where a signal comes too, beside whatever this process waits for.
+        """
+        self.tracker.interrupt()
+        if hasattr(self, "study"):
+            with contextlib.suppress(UserError, OSError, pa.ArrowException):  # told when it closes
+                self.study.sync(force=True)
+
     def _interrupted(self) -> None:
+        self._keep_state()
+        done = len(self.study.ended()) if hasattr(self, "study") else 0
+        self._say(f"interrupted with {done} of {self.config.search.trials} trials done. Go on by:")
+        self._say(f"  {self._command}")
         with contextlib.suppress(Exception):
             self._write_summary(self._summary("interrupted"))
         self.tracker.finish("KILLED")
         self._tell_notes()
-        done = len(self.study.ended()) if hasattr(self, "study") else 0
-        self._say(f"interrupted with {done} of {self.config.search.trials} trials done. Go on by:")
-        self._say(f"  {self._command}")
 
     def _write_summary(self, summary: dict[str, Any]) -> None:
         text = json.dumps(summary, indent=2) + "\n"

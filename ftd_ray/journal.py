@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -59,6 +60,7 @@ class Journal:
 
     def __init__(self, folder: str):
         self._synced = 0.0
+        self._lock = threading.Lock()
         self._there: _Segments | None = None
         if is_local(folder):
             self.path = join(folder, STUDY_FILE).removeprefix("file://")
@@ -72,11 +74,15 @@ class Journal:
             self._there = _Segments(folder, self.path)
 
     def sync(self, *, force: bool = False) -> None:
-        """Puts what is new where it belongs, at once or if that was not done lately."""
+        """Puts what is new where it belongs, at once or if that was not done lately.
+
+        Any thread may call it.
+        """
         now = time.monotonic()
         if self._there is not None and (force or now - self._synced > SYNC_SECONDS):
-            self._there.put_what_is_new()
-            self._synced = now
+            with self._lock:
+                self._there.put_what_is_new()
+                self._synced = now
 
     def close(self) -> None:
         """Puts what is new where it belongs, all in one file; there is no local one any more."""
@@ -84,8 +90,8 @@ class Journal:
             return
         try:
             self.sync(force=True)
-            with contextlib.suppress(OSError, UserError, pa.ArrowException):  # it is whole as it is
-                self._there.compact()
+            with self._lock, contextlib.suppress(OSError, UserError, pa.ArrowException):
+                self._there.compact()  # it is whole without, too
         finally:
             shutil.rmtree(os.path.dirname(self.path), ignore_errors=True)
 
@@ -164,9 +170,11 @@ class _Segments:
         write_bytes(join(self._folder, SEGMENTS, name), data)
 
     def _bytes(self, start: int) -> bytes:
+        """Whole lines from there on: somebody may be writing the last one."""
         with open(self._path, "rb") as f:
             f.seek(start)
-            return f.read()
+            data = f.read()
+        return data[: data.rfind(b"\n") + 1]
 
 
 def read_journal(folder: str) -> bytes | None:

@@ -118,7 +118,7 @@ class Plan:
         ]
         r = c.resources
         lines += [
-            f"resources  an expert {_res(r.cpus_per_expert, r.gpus_per_expert, r.expert_memory)}, "
+            f"resources  {_expert_text(c)}, "
             f"a trial {_res(r.cpus_per_trial, r.gpus_per_trial, r.trial_memory)}",
             *_backend_lines(r.expert_numerics, r.trial_numerics),
         ]
@@ -136,7 +136,7 @@ class Plan:
         lines = [
             *self._data_lines(),
             *self._expert_lines(),
-            f"resources  an expert {_res(r.cpus_per_expert, r.gpus_per_expert, r.expert_memory)}",
+            f"resources  {_expert_text(c)}",
             *_backend_lines(r.expert_numerics),
         ]
         lines += [f"  missing here: {what}" for what in lacking]
@@ -263,32 +263,51 @@ def _complete(experts: ExpertSet, epochs: int, *, read: bool) -> list[int]:
     return [i for i, there in published.items() if there >= epochs and i not in damaged]
 
 
+@dataclass(frozen=True)
+class Need:
+    """What one worker of a sweep takes."""
+
+    what: str
+    cpus: float
+    gpus: float
+    memory: int
+
+    def __str__(self) -> str:
+        return f"{self.what} ({_res(self.cpus, self.gpus, self.memory)})"
+
+    def lacking(self, total: dict[str, float]) -> list[str]:
+        """What ``total`` has not got. It is as Ray counts: {"CPU": 2, "memory": bytes}."""
+        out = []
+        for kind, needed in (("CPU", self.cpus), ("GPU", self.gpus)):
+            if needed > total.get(kind, 0):
+                out.append(
+                    f"{self.what} takes {needed:g} {kind}{'s' if needed > 1 else ''}, and there "
+                    f"{'is' if total.get(kind, 0) == 1 else 'are'} {total.get(kind, 0):g}"
+                )
+        if self.memory > total.get("memory", 0):
+            out.append(
+                f"{self.what} takes {size_text(self.memory)} of memory, and there are "
+                f"{size_text(total.get('memory', 0))}"
+            )
+        return out
+
+
+def needs(config: SweepConfig, *, experts_only: bool = False) -> list[Need]:
+    """What an expert takes, and what a trial does."""
+    r = config.resources
+    gpus = 1.0 if r.expert_gpus is None else r.expert_gpus  # to measure a share takes a whole one
+    workers = [
+        Need("an expert", r.cpus_per_expert, gpus, r.expert_memory),
+        Need("a trial", r.cpus_per_trial, r.gpus_per_trial, r.trial_memory),
+    ]
+    return workers[: 1 if experts_only else 2]
+
+
 def lacking(
     config: SweepConfig, total: dict[str, float], *, experts_only: bool = False
 ) -> list[str]:
-    """Resources that one expert or one trial needs and ``total`` has not.
-
-    ``total`` is as Ray counts: {"CPU": 2, "GPU": 0, "memory": bytes}.
-    """
-    r = config.resources
-    out = []
-    workers = [
-        ("an expert", r.cpus_per_expert, r.expert_gpus, r.expert_memory),
-        ("a trial", r.cpus_per_trial, r.gpus_per_trial, r.trial_memory),
-    ]
-    for what, cpus, gpus, memory in workers[: 1 if experts_only else 2]:
-        for kind, needed in (("CPU", cpus), ("GPU", 1.0 if gpus is None else gpus)):
-            if needed > total.get(kind, 0):
-                out.append(
-                    f"{what} takes {needed:g} {kind}{'s' if needed > 1 else ''}, and there "
-                    f"{'is' if total.get(kind, 0) == 1 else 'are'} {total.get(kind, 0):g}"
-                )
-        if memory > total.get("memory", 0):
-            out.append(
-                f"{what} takes {size_text(memory)} of memory, and there are "
-                f"{size_text(total.get('memory', 0))}"
-            )
-    return out
+    """Resources that one expert or one trial needs and ``total`` has not."""
+    return [x for need in needs(config, experts_only=experts_only) for x in need.lacking(total)]
 
 
 def lacking_compiler(config: SweepConfig, *, experts_only: bool = False) -> list[str]:
@@ -319,6 +338,13 @@ def _backend_lines(*workers: Numerics) -> list[str]:
     if any(w.backend == "eager" and w.device == "cpu" for w in workers) and (why := unavailable()):
         lines.append(f"  several times slower than native. {why}")
     return lines
+
+
+def _expert_text(config: SweepConfig) -> str:
+    r = config.resources
+    most = r.max_experts_at_once
+    text = f"an expert {_res(r.cpus_per_expert, r.gpus_per_expert, r.expert_memory)}"
+    return text if most is None else f"{text} (at most {most} at once)"
 
 
 def _res(cpus: float, gpus: float | str, memory: int) -> str:

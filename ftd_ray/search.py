@@ -130,6 +130,8 @@ class SweepStudy:
         self._over: dict[int, Ended] = {}
         self._earlier = sum(EARLIER in t.user_attrs for t in self._all())
         self._orphans = [t for t in self._own() if t.state is TrialState.RUNNING]
+        self._exhausted = False
+        """Whether all trials have been handed out once; then only lost ones come again."""
 
     def _begin(self, start: Sequence[StartPoint], earlier: Sequence[Ended]) -> None:
         """Fills an empty study; a crash in between leaves one that is filled up at the next try."""
@@ -188,9 +190,12 @@ class SweepStudy:
             if not written:
                 return self._describe(trial)
             return self._hand_out(trial, orphan.user_attrs)
+        if self._exhausted:
+            return None
         own = self._own()
         waiting = sum(t.state is TrialState.WAITING for t in own)
         if not waiting and len(own) >= self._search.trials:
+            self._exhausted = True
             return None
         self._seed_sampler(len(own) - waiting)
         return self._describe(self.study.ask())
@@ -219,6 +224,11 @@ class SweepStudy:
         number = trial.number - self._earlier
         self._live[number] = trial
         return Suggestion(number, attrs["params"], attrs["repeat"], attrs.get("start_from"))
+
+    def take_up(self, number: int) -> None:
+        """A trial was lost on its way, by no fault of its own: it is the next to be handed out."""
+        del self._live[number]
+        self._orphans = sorted([*self._orphans, self.frozen(number)], key=lambda t: t.number)
 
     # --- hearing back -----------------------------------------------------------------------
 
@@ -296,6 +306,10 @@ class SweepStudy:
         """Whether the trial has been handed out and not been told yet."""
         return number in self._live
 
+    def live(self) -> list[int]:
+        """Trials that have been handed out and not been told yet."""
+        return list(self._live)
+
     def ended(self) -> list[Ended]:
         """All trials that are over, by number."""
         return [self._ended(t) for t in self._own() if t.state in ENDED]
@@ -364,7 +378,10 @@ class SweepStudy:
         return self._storage.get_study_user_attrs(self._id)
 
     def sync(self, *, force: bool = False) -> None:
-        """Puts the journal where it belongs, at once or if that was not done lately."""
+        """Puts the journal where it belongs, at once or if that was not done lately.
+
+        Any thread may call it.
+        """
         self._journal.sync(force=force)
 
     def close(self) -> None:

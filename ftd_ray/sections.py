@@ -150,6 +150,9 @@ class ResourcesConfig:
     """Also its threads, when it works on CPUs."""
     gpus_per_trial: float = 0
     """Above 0, trials work on a GPU."""
+    max_experts_at_once: int | None = None
+    """Experts of one size in training at a time, at most. None for as many as are due and the
+    cluster, or what its autoscaler may start, has room for."""
     memory_per_expert: int | str | None = None
     """Memory that is booked for an expert, in bytes or as 2GB: a node takes no more experts and
     trials than its memory holds. None books none."""
@@ -172,6 +175,11 @@ class ResourcesConfig:
                     f"resources.{key}={value} must lie from 0 to 1: a worker uses one GPU or a "
                     "share of it."
                 )
+        if self.max_experts_at_once is not None and self.max_experts_at_once < 1:
+            raise UserError(
+                f"resources.max_experts_at_once={self.max_experts_at_once} must be at least 1, or "
+                "null for as many as there is room for."
+            )
         for key in ("memory_per_expert", "memory_per_trial"):
             object.__setattr__(self, key, _bytes(key, getattr(self, key)))
         for kind in ("expert", "trial"):  # settled here, so that a resume cannot choose otherwise

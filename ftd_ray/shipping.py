@@ -7,7 +7,7 @@ start at once cause one transfer; they map it without a copy each.
 import asyncio
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -24,7 +24,9 @@ CHUNKS_AHEAD = 3
 
 
 class DataServer(Lingering):
-    """The actor that has the data set open."""
+    """The actor that has the data set open. Drivers say every minute that they still want it."""
+
+    idle_seconds = 180
 
     def __init__(self, config: DatasetConfig, fingerprint: str) -> None:
         self._config, self._fingerprint = config, fingerprint
@@ -73,17 +75,19 @@ class Shipment:
     config: DatasetConfig
     fingerprint: str
     node: str
+    name: str = field(compare=False, repr=False)
+    """Of the data server, as the driver calls it: nodes may have other code."""
 
     @property
     def facts(self) -> dict[str, Any]:
         """What ``open_arrays`` returned where the files are."""
-        return _fetched_facts(self.config, self.fingerprint, self.node)
+        return _fetched_facts(self.name)
 
     def fill(self, what: str, out: np.ndarray) -> None:
         """Fetches an array, some chunks ahead."""
         rows = max(1, CHUNK_BYTES // max(1, out[:1].nbytes))
         with _said():
-            server = _standing_server(self.config, self.fingerprint, self.node)
+            server = _standing_server(self.name)
             for start, chunk in _ahead(server, what, len(out), rows):
                 out[start : start + len(chunk)] = chunk
 
@@ -99,7 +103,9 @@ class Shipment:
 def ship(config: DatasetConfig) -> Shipment:
     """Opens the data set on this node for all others. Raises UserError when it is not there."""
     node = ray.get_runtime_context().get_node_id()
-    shipment = Shipment(config, describe(config).fingerprint, node)
+    fingerprint = describe(config).fingerprint
+    name = actor_name("data", config, fingerprint, node=node)
+    shipment = Shipment(config, fingerprint, node, name)
     try:
         ray.get(shipment.server().open.remote())
     except RayTaskError as error:
@@ -108,13 +114,12 @@ def ship(config: DatasetConfig) -> Shipment:
 
 
 @lru_cache(maxsize=2)
-def _fetched_facts(config: DatasetConfig, fingerprint: str, node: str) -> dict[str, Any]:
+def _fetched_facts(server: str) -> dict[str, Any]:
     with _said():
-        return ray.get(_standing_server(config, fingerprint, node).open.remote())
+        return ray.get(_standing_server(server).open.remote())
 
 
-def _standing_server(config: DatasetConfig, fingerprint: str, node: str) -> Any:
-    name = actor_name("data", config, fingerprint, node=node)
+def _standing_server(name: str) -> Any:
     try:
         return ray.get_actor(name, namespace=NAMESPACE)
     except ValueError as error:

@@ -6,7 +6,6 @@ usable came out, 2 usage or configuration, 128 + signal after an interrupt, with
 """
 
 import argparse
-import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -16,10 +15,18 @@ from typing import Any
 from rich.console import Console
 
 from ftd.errors import UserError
-from ftd_ray.command import check_room, exit_code, open_tracker, reachable, sweep_parser
+from ftd_ray.command import (
+    check_room,
+    exit_code,
+    open_tracker,
+    ray_address,
+    reachable,
+    sweep_parser,
+)
 from ftd_ray.config import SweepConfig, load_config
 from ftd_ray.earlier import read_earlier
 from ftd_ray.folder import check_same, finished_summary, only_one, saved_sweep
+from ftd_ray.local import listen_on_loopback
 from ftd_ray.mended import other_images
 from ftd_ray.plan import Plan, lacking, lacking_compiler, machine_resources, make_plan
 from ftd_ray.reading import reading
@@ -40,8 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(args: argparse.Namespace, console: Console) -> int:
+    address = ray_address(args.address)
     config = load_config(args.file, args.overrides)
-    address = args.address or os.environ.get("RAY_ADDRESS")
     with reachable(config), reading(console) as progress:
         plan = make_plan(config, progress)
         saved = saved_sweep(config.output_dir)
@@ -79,6 +86,8 @@ def _main(args: argparse.Namespace, console: Console) -> int:
     check_room(plan, missing)
     command = _resume_command(args)
     with signals() as handled, only_one(config.output_dir):
+        if address is None:
+            listen_on_loopback()
         from ftd_ray.driver import Sweep  # brings Ray Tune, which a plan does without
 
         handled.check()  # in imports, an exception of a signal may be lost

@@ -8,11 +8,13 @@ import json
 import time
 from collections.abc import Callable, Container, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from math import nan
 from statistics import fmean
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from ftd import __version__
@@ -39,8 +41,18 @@ from ftd.expert import Numerics, accuracy, network_for
 from ftd.gradients import Gradients
 from ftd.seeds import derive_seed
 from ftd.synthetic import SyntheticSet
-from ftd.trajectory import ExpertSet
-from ftd_ray.storage import files_below, join, read_bytes, remove_tree, write_bytes
+from ftd.trajectory import DamagedError, ExpertSet
+from ftd_ray.node_faults import needs_the_data
+from ftd_ray.storage import (
+    PlaceError,
+    files_below,
+    is_local,
+    join,
+    place_error,
+    read_bytes,
+    remove_tree,
+    write_bytes,
+)
 from ftd_ray.store import TrajectoryStore
 
 PREVIEW_PER_CLASS = 10
@@ -137,9 +149,9 @@ def run_trial(
     """
     began = time.monotonic()
     device = spec.numerics.apply()
-    data = load(spec.dataset, device, spec.sender)
+    data = _data(spec, device)
     kept = load_checkpoint(spec, device)
-    experts, finals, before = trajectories(spec), kept.finals, kept.state
+    experts, finals, before = Reading(trajectories, spec), kept.finals, kept.state
     for repeat in range(len(finals), spec.repeats):
         before = before or _start(spec, data, experts, repeat)
         first = not (repeat or before.step)
@@ -148,7 +160,7 @@ def run_trial(
             ended = state.step == spec.distill.iterations
             result = synthetic_set(spec, data, state, repeat)
             if ended and score.mean > max(finals, default=-1.0):
-                write_bytes(spec.result, result.to_bytes())
+                _write(spec, spec.result, result.to_bytes())
             done = ended and repeat == spec.repeats - 1
             offset, now = repeat * spec.distill.iterations, time.monotonic()
             yield Report(
@@ -173,6 +185,20 @@ def run_trial(
                 save_checkpoint(spec, Checkpoint(finals, None if ended else state))
             began = now
         before = None
+
+
+def _data(spec: "TrialSpec | FinalSpec | WholeDataSpec", device: torch.device) -> Dataset:
+    """The data set, which lies on every node, or is sent there."""
+    with needs_the_data():
+        return load(spec.dataset, device, spec.sender)
+
+
+def _write(spec: TrialSpec, uri: str, data: bytes) -> None:
+    """Writes a file of the trial's folder. Raises PlaceError."""
+    try:
+        write_bytes(uri, data)
+    except (OSError, pa.ArrowException) as error:
+        raise place_error(spec.folder, "the trial's folder", error, verb="written") from error
 
 
 def _start(spec: TrialSpec, data: Dataset, experts: Trajectories, repeat: int) -> DistillState:
@@ -245,6 +271,29 @@ def forget_checkpoints(folder: str, ended: Container[int]) -> None:
             forget_checkpoint(join(folder, number))
 
 
+class Reading:
+    """The experts of a trial. Where one cannot be read, the broker shall look: it is damaged for
+    all, or not to be seen from this node."""
+
+    def __init__(self, trajectories: Callable[[TrialSpec], Trajectories], spec: TrialSpec):
+        self._open, self._uri = partial(trajectories, spec), spec.store_uri
+        self._experts: Trajectories | None = None
+        self.experts = spec.experts
+
+    def segment(self, expert: int, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        try:
+            self._experts = self._experts or self._open()
+            return self._experts.segment(expert, start, end)
+        except (OSError, pa.ArrowException) as error:
+            if not is_local(self._uri):
+                raise place_error(self._uri, "store.uri", error, verb="read") from error
+            raise DamagedError(f"expert {expert} cannot be read ({error}).") from error
+        except UserError as error:
+            if isinstance(error, DamagedError | PlaceError):
+                raise
+            raise DamagedError(str(error)) from error
+
+
 class FirstExperts:
     """The first ``experts`` experts of a set, whatever else the store holds of it."""
 
@@ -300,12 +349,15 @@ def save_checkpoint(spec: TrialSpec, checkpoint: Checkpoint) -> None:
         **({} if state is None else state.arrays()),
     }
     np.savez(buffer, **arrays)
-    write_bytes(spec.checkpoint, buffer.getvalue())
+    _write(spec, spec.checkpoint, buffer.getvalue())
 
 
 def load_checkpoint(spec: TrialSpec, device: torch.device) -> Checkpoint:
     """The checkpoint of this very trial; one of another configuration does not count."""
-    kept = read_bytes(spec.checkpoint)
+    try:
+        kept = read_bytes(spec.checkpoint)
+    except (OSError, pa.ArrowException) as error:
+        raise place_error(spec.folder, "the trial's folder", error, verb="read") from error
     if kept is None:
         return Checkpoint()
     with np.load(io.BytesIO(kept), allow_pickle=False) as file:
@@ -346,7 +398,7 @@ class FinalSpec:
 def final_scores(spec: FinalSpec) -> list[tuple[float, float]]:
     """(validation, test) accuracy of each fresh network by the full protocol; NaN for no test."""
     device = spec.numerics.apply()
-    data = load(spec.dataset, device, spec.sender)
+    data = _data(spec, device)
     synthetic = SyntheticSet.load(io.BytesIO(spec.synthetic))
     gradients = _gradients(synthetic.protocol.network, data, spec.numerics)
     seed = derive_seed(spec.seed, "final")
@@ -387,7 +439,7 @@ def whole_data_scores(spec: WholeDataSpec) -> list[float]:
     None at all when the store does not give them any more: that is worth no sweep.
     """
     device = spec.numerics.apply()
-    data = load(spec.dataset, device, spec.sender)
+    data = _data(spec, device)
     gradients = _gradients(spec.network, data, spec.numerics)
     experts = TrajectoryStore(spec.store_uri).expert_set(spec.identity)
     try:

@@ -1,4 +1,5 @@
-"""What every test stands on: one thread, one cache apart from the user's, and the data at hand."""
+"""What every test stands on: one thread, one cache apart from the user's, the data at hand, and a
+token for Ray."""
 
 import os
 from collections.abc import Iterator
@@ -9,6 +10,9 @@ import torch
 from disk_helpers import mounted
 
 from ftd.data import Dataset, DatasetConfig, load
+from ftd_ray.local import ask_for_token
+
+ask_for_token()  # before Ray is imported: all clusters of the tests ask for it
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

@@ -97,7 +97,7 @@ def write_sweep(folder: Path, tree: dict[str, Any] | None = None) -> Path:
 
 def environment(**changes: str | None) -> dict[str, str]:
     """The environment of a sweep's process; None removes a variable."""
-    env = dict(os.environ) | {"RAY_AUTH_MODE": "disabled"}
+    env = dict(os.environ)
     env.pop("RAY_ADDRESS", None)
     for key, value in changes.items():
         env.pop(key, None)

@@ -21,7 +21,7 @@ from ftd_ray.imputation import DIVERGED
 from ftd_ray.search import Ended, Suggestion, SweepStudy
 from ftd_ray.space import parse_dimension
 from ftd_ray.trial import Report
-from ftd_ray.workers import TrialOrder, start_pool
+from ftd_ray.workers import OnNode, TrialOrder, start_pool
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers have no tests
 
@@ -31,7 +31,7 @@ STATES = ["complete", "pruned", "pruned", "complete", "failed"]
 EVERY = 30
 
 
-class ScriptedWorker:
+class ScriptedWorker(OnNode):
     """Reports what the script says, and writes down which process it was."""
 
     def begin(self, spec: bytes) -> None:
@@ -86,11 +86,9 @@ class Told:
 
 @pytest.fixture(scope="module", autouse=True)
 def _ray() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        start_ray(None)
-        yield
-        ray.shutdown()
+    start_ray(None)
+    yield
+    ray.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +123,6 @@ def searched(_ray, tmp_path_factory) -> tuple[SweepStudy, Told, Any, Path]:
         order=order,
         tick=lambda: None,
         over=lambda: False,
-        trials=len(CURVES),
         concurrency=1,
     )
     return study, told, table, folder

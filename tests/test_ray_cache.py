@@ -54,7 +54,6 @@ def cluster(s3) -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.delenv("RAY_ADDRESS", raising=False)
         patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
         for key, value in s3_environment(s3.address).items():

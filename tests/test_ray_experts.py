@@ -110,7 +110,6 @@ def test_expert_that_diverges_publishes_no_epoch_of_it(tmp_path):
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.delenv("RAY_ADDRESS", raising=False)
         ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
         try:

@@ -79,7 +79,6 @@ QUICK_TO_NOTICE = {
 def head() -> Iterator[Cluster]:
     """A cluster whose head has no room for experts; tests add nodes to it and remove them."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.delenv("RAY_ADDRESS", raising=False)
         for key, value in QUICK_TO_NOTICE.items():
             patch.setenv(key, value)
@@ -547,16 +546,12 @@ def test_share_of_a_gpu_is_that_of_as_many_experts_as_fit():
         gpu_share(full + int(0.1e9), int(100e9))
 
 
-def test_room_is_that_of_nodes_and_of_what_the_autoscaler_may_add(head, nodes, monkeypatch):
+def test_room_is_that_of_the_nodes_that_stand(head, nodes):
     assert room_for(1, 0) == 1  # so that there is demand
     nodes(num_cpus=2, num_gpus=1)
     nodes(num_cpus=1, num_gpus=2)
     assert [room_for(*size) for size in ((1, 0), (0.5, 0), (2, 0), (64, 0))] == [3, 6, 1, 1]
     assert [room_for(*size) for size in ((1, 1), (0.5, 0.5), (0.25, 0.3))] == [2, 4, 7]
-    scalable = {"CPU": 80, "GPU": 10}
-    state = ray._private.state.state
-    monkeypatch.setattr(state, "get_max_resources_from_cluster_config", lambda: scalable)
-    assert [room_for(1, 0), room_for(0.5, 0.25), room_for(8, 1)] == [80, 40, 10]
 
 
 @pytest.mark.heavy
@@ -580,6 +575,17 @@ def test_node_takes_no_more_experts_than_its_memory_is_booked_for(
     assert [room_for(0.1, 0, int(b)) for b in (4e8, 1e9, 0)] == [2, 1, 20]
     handle = broker_for(tmp_path / "store", StandInBroker)
     order = replace(stand_in_order(tmp_path, count=6, gpus=0), memory=int(4e8))
+    assert ask(handle.ensure.remote(order)) == list(range(6))
+    builds = built(tmp_path)
+    assert most_at_once(builds, builds[0][0]) in {1, 2}
+
+
+def test_no_more_experts_are_trained_at_a_time_than_their_orders_allow(
+    head, nodes, broker_for, tmp_path
+):
+    nodes(num_cpus=4)
+    handle = broker_for(tmp_path / "store", StandInBroker)
+    order = replace(stand_in_order(tmp_path, count=6, gpus=0), at_once=2)
     assert ask(handle.ensure.remote(order)) == list(range(6))
     builds = built(tmp_path)
     assert most_at_once(builds, builds[0][0]) in {1, 2}
@@ -973,6 +979,24 @@ def test_dry_run_of_filling_says_the_plan_and_leaves_nothing(tmp_path, capsys, m
     assert main(["sweep.yaml", "--dry-run"]) == 0
     assert "4 experts: 0 in the store, 4 to build" in capsys.readouterr().out
     assert set(files_below(tmp_path)) == {"sweep.yaml"}
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(
+    ("size", "reason"),
+    [
+        ("gpus_per_expert=0.5", "takes 0.5 GPU, and there are 0 in the cluster"),
+        ("cpus_per_expert=2", "takes 2 CPUs, and there is 1 on any one node"),
+    ],
+)
+def test_expert_that_no_node_holds_is_refused_where_nobody_adds_nodes(
+    head, nodes, tmp_path, size, reason
+):
+    nodes(), nodes()
+    sweep_file(tmp_path)
+    ran = fill(tmp_path, f"resources.{size}", "--address", head.address)
+    assert ran.code == 2, ran.out + ran.err
+    assert reason in ran.err and ran.err.count("\n") == 1
 
 
 def test_wrong_configuration_of_filling_is_one_line_and_exit_2(tmp_path, capsys, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -79,6 +80,28 @@ def test_nothing_new_costs_no_request(s3, folder):
     s3.reset_counts()
     journal.sync(force=True)
     assert not s3.requests
+
+
+def test_half_a_line_waits_for_its_other_half(s3, folder):
+    journal = written(folder, "one")
+    with open(journal.path, "ab") as f:
+        f.write(b"two\nthr")
+    journal.sync(force=True)
+    assert read_bytes(join(folder, SEGMENTS, *segments(folder))) == b"two\n"
+    with open(journal.path, "ab") as f:
+        f.write(b"ee\n")
+    journal.sync(force=True)
+    assert lines(folder) == ["one", "two", "three"]
+
+
+def test_threads_that_sync_at_the_same_time_put_every_line_once(s3, folder):
+    journal = Journal(folder)
+    for i in range(8):
+        append(journal, f"{i}")
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda _: journal.sync(force=True), range(4)))
+    assert lines(folder) == [str(i) for i in range(8)]
+    assert len(segments(folder)) == 7
 
 
 def test_segments_of_segments_are_merged_in_their_turn(s3, folder, monkeypatch):

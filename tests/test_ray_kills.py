@@ -123,8 +123,7 @@ def test_driver_killed_ten_times_at_random_moments_loses_and_doubles_nothing(tmp
 
 @pytest.mark.heavy
 @pytest.mark.timeout(600)
-def test_sweep_whose_head_node_is_lost_goes_on_elsewhere(tmp_path, monkeypatch):
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+def test_sweep_whose_head_node_is_lost_goes_on_elsewhere(tmp_path):
     write_sweep(tmp_path, sweep(2))
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     try:

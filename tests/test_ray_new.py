@@ -442,7 +442,7 @@ def test_what_is_said_fits_a_terminal():
             machine(crew, Numerics.on("cuda", 1)),
             *(measured(s, pace_at(s), mine) for s in scales),
             *chose(choice, scales, mine),
-            *written(Path("images-of-mine.yaml"), "ray://head:10001", crew),
+            *written(Path("images-of-mine.yaml"), "head.of.a.cluster:6379", crew),
         ]
         assert len(lines) <= LINES
         assert [line for line in lines if len(line) > WIDTH] == []
@@ -539,17 +539,15 @@ def test_two_commands_take_a_folder_to_a_distilled_set(tmp_path):
 @pytest.mark.heavy
 def test_cluster_is_measured_where_it_is(tmp_path):
     draw(tmp_path / "mine", {"a": 12, "b": 12})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-        try:
-            cluster.add_node(num_cpus=1)
-            cluster.wait_for_nodes()
-            address = ["--address", cluster.address]
-            args = ["mine", *address, "--hours", "0.5"]
-            ran = run_sweep(tmp_path, *args, module="ftd_ray.new")
-        finally:
-            cluster.shutdown()
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        cluster.add_node(num_cpus=1)
+        cluster.wait_for_nodes()
+        address = ["--address", cluster.address]
+        args = ["mine", *address, "--hours", "0.5"]
+        ran = run_sweep(tmp_path, *args, module="ftd_ray.new")
+    finally:
+        cluster.shutdown()
     assert ran.code == 0, ran.err
     assert "2 workers of 1 CPU on 2 nodes" in ran.out
     assert "that all nodes share" in ran.out

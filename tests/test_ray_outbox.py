@@ -273,3 +273,42 @@ def test_closed_outbox_sends_nothing_more_and_begins_anew(box, server):
     put(box, server, 1)
     assert box.drain(20) == 0
     assert server.got == [1]
+
+
+def test_what_is_put_first_is_sent_before_all_that_waits(box, server):
+    gate = Gate(box)
+    put(box, server, 0, 1)
+    box.put_first(lambda: server.take("first"))
+    box.put_first(lambda: server.take("second"))
+    put(box, server, 2)
+    assert len(box) == 6
+    gate.opened.set()
+    assert box.drain(20) == 0
+    assert server.got == ["first", "second", 0, 1, 2]
+
+
+def test_what_is_put_first_goes_before_what_the_server_fails_on_and_does_not_wait_for_it(
+    box, server, monkeypatch
+):
+    monkeypatch.setattr(outbox, "FIRST_WAIT", 1000)
+    monkeypatch.setattr(outbox, "LONGEST_WAIT", 1000)
+    server.faults = {0}
+    put(box, server, 0, 1)
+    until(lambda: server.tries)
+    monkeypatch.setattr(outbox, "FIRST_WAIT", 0.01)
+    box.put_first(lambda: server.take("first"))
+    until(lambda: server.got == ["first"])
+    server.faults = set()
+    assert box.drain(20) == 0
+    assert server.got == ["first", 0, 1]
+
+
+def test_refused_entry_that_was_put_first_takes_none_of_the_others_with_it(box, server):
+    server.refuses = {"first"}
+    gate = Gate(box)
+    for i in range(4):
+        box.put_part(server.take_all, i, key="a")
+    box.put_first(lambda: server.take("first"))
+    gate.opened.set()
+    assert box.drain(20) == 0
+    assert (server.got, box.refused) == ([0, 1, 2, 3], 1)

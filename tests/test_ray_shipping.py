@@ -57,7 +57,6 @@ def cluster(caches) -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.delenv("RAY_ADDRESS", raising=False)
         patch.setenv("FTD_CACHE", str(caches["here"]))
         patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)

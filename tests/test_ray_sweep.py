@@ -878,8 +878,7 @@ def test_experts_that_diverge_fail_their_trials_with_that_reason(tmp_path):
 
 
 @pytest.mark.heavy
-def test_second_sweep_of_a_cluster_reuses_the_experts_of_the_first(tmp_path, monkeypatch):
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+def test_second_sweep_of_a_cluster_reuses_the_experts_of_the_first(tmp_path):
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})

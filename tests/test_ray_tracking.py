@@ -600,6 +600,40 @@ def test_children_are_found_over_several_pages(uri, opened, monkeypatch):
     Look(uri, again).agrees_with(study)
 
 
+def test_interrupt_ends_all_runs_before_anything_else_is_sent(uri, opened):
+    tracker = opened(uri)
+    client = Faulty(tracker)
+    study = [whole_trial(tracker, 0, 5)]
+    tracker.trial_started(suggestion(1), *SETS)
+    tracker.expert_set(SETS[0], {}, SETS[1], {})
+    assert tracker.drain(60) == 0
+    gate, calls = threading.Event(), len(client.calls)
+    tracker._outbox.put(lambda: gate.wait(60) and None)
+    tracker.trial_reported(1, report(5))
+    study.append(whole_trial(tracker, 2, 5))
+    tracker.trial_started(suggestion(3), *SETS)
+    tracker.trial_reported(3, report(5))
+    tracker.interrupt()
+    gate.set()
+    assert tracker.drain(60) == 0
+    first = client.calls[calls : calls + 5]
+    assert first == ["set_terminated", "search_runs", *["set_terminated"] * 2, "set_tag"]
+    look = Look(uri, tracker)
+    assert look.parent().info.status == "KILLED"
+    assert [r.info.status for r in look.runs("experts")] == ["KILLED"]
+    ends = ["FINISHED", "KILLED", "FINISHED", "KILLED"]
+    assert [r.info.status for r in look.runs()] == ends
+    states = ["complete", "interrupted", "complete", "interrupted"]
+    assert [r.data.tags["ftd.state"] for r in look.runs()] == states
+    assert [look.history(r) for r in look.runs()] == [[(5, report(5).val_accuracy)]] * 4
+    tracker.finish("KILLED")
+    assert tracker.unsent == 0
+    again = opened(uri, tracker.parent_id)
+    again.reconcile(study, lambda e: SETS)
+    assert again.drain(60) == 0
+    assert [r.info.status for r in look.runs()] == ends
+
+
 # --- a server over HTTP ---------------------------------------------------------------------
 
 

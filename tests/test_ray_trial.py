@@ -19,6 +19,7 @@ from ftd.expert import network_for
 from ftd.seeds import derive_seed
 from ftd.synthetic import SyntheticSet
 from ftd.trajectory import ExpertSet
+from ftd_ray import workers
 from ftd_ray.experts.build import ExpertRequest, build_expert
 from ftd_ray.store import TrajectoryStore
 from ftd_ray.trial import (
@@ -33,6 +34,7 @@ from ftd_ray.trial import (
     run_trial,
     whole_data_scores,
 )
+from ftd_ray.workers import TrialWorker
 
 FIELDS = ("number", "seed", "repeat", "repeats", "experts")
 """Of a specification; what else a test changes is of the configuration."""
@@ -80,6 +82,13 @@ def spec_for(store, tmp_path):
         return replace(spec, **fields)
 
     return make
+
+
+class DirectExperts(FirstExperts):
+    """Experts of a store, read without the cache of a node, which takes Ray."""
+
+    def __init__(self, store_uri: str, key: str, experts: int, limit: int):
+        super().__init__(TrajectoryStore(store_uri).at(key), experts)
 
 
 def essence(report: Report) -> Report:
@@ -435,3 +444,43 @@ def test_finalists_see_no_test_image(final):
     with_test, without = final_scores(final), final_scores(replace(final, test=False))
     assert [val for val, _ in without] == [val for val, _ in with_test]
     assert all(np.isnan(test) for _, test in without)
+
+
+# --- the shell of a trial -------------------------------------------------------------------
+
+
+def told(worker: TrialWorker) -> tuple[int, bool]:
+    report, done = worker.report()
+    return pickle.loads(report).step, done
+
+
+def test_trial_that_is_begun_again_where_it_runs_goes_on_and_repeats_its_last_report(
+    spec_for, monkeypatch
+):
+    monkeypatch.setattr(workers, "CachedExperts", DirectExperts)
+    spec, worker = pickle.dumps(spec_for(distill__iterations=6)), TrialWorker()
+    worker.begin(spec)
+    worker.begin(spec)
+    assert told(worker) == (2, False)
+    worker.begin(spec)
+    assert [told(worker), told(worker)] == [(2, False), (4, False)]
+    worker.begin(spec)
+    worker.begin(spec)
+    assert [told(worker), told(worker)] == [(4, False), (6, True)]
+    worker.begin(spec)
+    assert told(worker) == (6, True)
+
+
+def test_other_trial_and_one_that_failed_are_begun_at_their_checkpoints(spec_for, monkeypatch):
+    monkeypatch.setattr(workers, "CachedExperts", DirectExperts)
+    one, other = (pickle.dumps(spec_for(name)) for name in "ab")
+    worker = TrialWorker()
+    worker.begin(one)
+    assert told(worker) == (2, False)
+    worker.begin(other)
+    assert told(worker) == (2, False)
+    bad = pickle.dumps(spec_for("c", distill__lr_lr=1e30, distill__lr_img=100))
+    for _ in range(2):
+        worker.begin(bad)
+        with pytest.raises(Diverged):
+            worker.report()

@@ -11,12 +11,13 @@ import ray
 from ray_helpers import wait_until
 
 from ftd.errors import UserError
-from ftd_ray.workers import IDLE_SECONDS, WORKER_ATTEMPTS, run_calls, start_pool
+from ftd_ray.storage import PlaceError
+from ftd_ray.workers import IDLE_SECONDS, WORKER_ATTEMPTS, OnNode, run_calls, start_pool
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers have no tests
 
 
-class Worker:
+class Worker(OnNode):
     """Says which process it is."""
 
     def pid(self) -> int:
@@ -28,11 +29,9 @@ class Worker:
 
 @pytest.fixture(scope="module", autouse=True)
 def _ray() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-        yield
-        ray.shutdown()
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
 
 
 @pytest.fixture
@@ -169,6 +168,6 @@ def test_call_whose_worker_died_is_made_again(pool, tmp_path):
 
 def test_call_that_kills_its_worker_every_time_is_given_up(pool, tmp_path):
     marker = tmp_path / "deaths"
-    with pytest.raises(ray.exceptions.RayError):
+    with pytest.raises(PlaceError, match=r"resources\.memory_per_trial"):
         run_calls(pool, [(die, str(marker))], at_once=1, tick=lambda: None)
     assert len(marker.read_text()) == WORKER_ATTEMPTS

@@ -6,14 +6,21 @@ usage or configuration, 128 + signal after an interrupt.
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 
 from rich.console import Console
 
-from ftd_ray.command import check_room, exit_code, open_tracker, reachable, sweep_parser
+from ftd_ray.command import (
+    check_room,
+    exit_code,
+    open_tracker,
+    ray_address,
+    reachable,
+    sweep_parser,
+)
 from ftd_ray.config import load_config
+from ftd_ray.local import listen_on_loopback
 from ftd_ray.plan import lacking, lacking_compiler, machine_resources, make_plan
 from ftd_ray.reading import reading
 from ftd_ray.signals import signals
@@ -30,8 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(args: argparse.Namespace, console: Console) -> int:
+    address = ray_address(args.address)
     config = load_config(args.file, args.overrides)
-    address = args.address or os.environ.get("RAY_ADDRESS")
     with reachable(config), reading(console) as progress:
         plan = make_plan(config, progress, read=True)
     probe(config.store.uri, "store.uri")
@@ -48,6 +55,8 @@ def _main(args: argparse.Namespace, console: Console) -> int:
         return 0
     check_room(plan, missing)
     with signals() as handled:
+        if address is None:
+            listen_on_loopback()
         from ftd_ray.experts.fill import Fill  # brings Ray, which a plan does without
 
         handled.check()  # in imports, an exception of a signal may be lost

@@ -25,6 +25,7 @@ from ftd.errors import Diverged, UserError
 from ftd.trajectory import PART_EPOCHS, DamagedError
 from ftd.trajectory import SCHEMA_VERSION as STORE_SCHEMA
 from ftd_ray.actors import Lingering, shared_actor
+from ftd_ray.autoscaler import head_node
 from ftd_ray.experts.fleet import (
     ATTEMPTS,
     GPU_HEADROOM,
@@ -43,7 +44,9 @@ from ftd_ray.experts.orders import (
     SetStatus,
     Urgency,
 )
-from ftd_ray.storage import place_error
+from ftd_ray.node_faults import NodeFault
+from ftd_ray.nodes import Health
+from ftd_ray.storage import PlaceError, place_error
 from ftd_ray.store import TrajectoryStore
 from ftd_ray.store.published import PublishedExperts
 
@@ -162,6 +165,7 @@ class Broker(Lingering):
         self._askers: dict[str, _Asker] = {}
         self._jobs: dict[tuple[str, int], _Job] = {}
         self._fleets: dict[tuple[float, float, int, bool], Fleet] = {}
+        self._health = Health()
         self._needs: dict[str, asyncio.Task[list[int]]] = {}
         self._diverged: dict[tuple[str, int], tuple[int, str]] = {}
         """(set, expert) -> epochs that it did not reach, and why."""
@@ -254,14 +258,21 @@ class Broker(Lingering):
         me.answered += 1
         kept = {} if told is None else {number: told}
         me.answers = {**kept, me.answered: _Answer(heard, len(me.notes))}
+        starting = sum(w.node is None for f in self._fleets.values() for w in f.workers)
+        starting += sum(not task.done() for task in self._needs.values())
         return FleetStatus(
             sets=sets,
             nodes=self._nodes(),
-            starting=sum(w.node is None for f in self._fleets.values() for w in f.workers),
+            starting=starting,
             notes=tuple(me.notes[before.notes :]),
+            left_out=dict(self._health.left_out),
             mark=(self._id, me.answered),
             whole=told is None,
         )
+
+    async def leave_out(self, nodes: dict[str, str]) -> None:
+        """Builds nothing more on nodes that failed somebody's trials: id -> why."""
+        self._health.leave_out(nodes)
 
     async def withdraw(self, asker: str) -> None:
         """An asker ends: what nobody else wants is not built. Parts that are there stay."""
@@ -326,7 +337,9 @@ class Broker(Lingering):
                 raise unwanted
             done: asyncio.Future[float | None] = asyncio.get_running_loop().create_future()
             kind = json.dumps([order.identity["data"], order.identity["experts"]["network"]])
-            job.build = Build(job.rank, order.key, index, kind, job.left, order.work, done)
+            job.build = Build(
+                job.rank, order.key, index, kind, job.left, order.work, done, order.at_once
+            )
             for asker in job.askers.values():
                 self._build_ahead(asker)
             try:
@@ -370,7 +383,9 @@ class Broker(Lingering):
         size = (order.cpus, gpus, order.memory)
         if (*size, measured) not in self._fleets:
             share = gpus if measured else None
-            self._fleets[*size, measured] = Fleet(*size, share=share, actor=self.expert_actor)
+            self._fleets[*size, measured] = Fleet(
+                *size, share=share, actor=self.expert_actor, health=self._health
+            )
         return self._fleets[*size, measured]
 
     async def _need(self, order: ExpertOrder) -> list[int]:
@@ -392,6 +407,10 @@ class Broker(Lingering):
             try:
                 return list(await actor.gpu_need.remote(order.work))
             except RayTaskError as error:
+                if isinstance(error.cause, NodeFault):
+                    if attempt < ATTEMPTS:
+                        continue
+                    raise PlaceError(f"no GPU could be measured: {error.cause}.") from None
                 raise UserError(
                     f"the GPU memory of an expert could not be measured: {error.cause}"
                 ) from None
@@ -561,5 +580,8 @@ def footprint(identity: dict[str, Any]) -> str:
 
 
 def broker(store_uri: str) -> Any:
-    """The broker of a store on this cluster; started by whoever asks first."""
-    return shared_actor(Broker, "broker", store_uri, STORE_SCHEMA, __version__)
+    """The broker of a store on this cluster; started by whoever asks first.
+
+    It stays on the head: elsewhere it would keep a node alive, or go with it.
+    """
+    return shared_actor(Broker, "broker", store_uri, STORE_SCHEMA, __version__, node=head_node())

@@ -16,6 +16,8 @@ from ftd.data import Dataset, DatasetConfig, Sender, load
 from ftd.expert import ExpertConfig, Numerics, Snapshot, train_expert
 from ftd.trajectory import Overtaken
 from ftd_ray.experts.orders import GpuFull
+from ftd_ray.node_faults import GpuMemory, faults_of_the_node, needs_the_data
+from ftd_ray.storage import place_error
 from ftd_ray.store import TrajectoryStore
 
 OVERTAKEN_AT_MOST = 4
@@ -38,41 +40,48 @@ class ExpertRequest:
 OnEpoch = Callable[[Snapshot], None]
 
 
-def build_expert(request: ExpertRequest, index: int, on_epoch: OnEpoch) -> None:
+def build_expert(
+    request: ExpertRequest, index: int, on_epoch: OnEpoch, *, gpus: float = 0.0
+) -> None:
     """Trains expert ``index`` of a request into the store, on from what is published of it.
 
-    Raises Diverged, GpuFull, or UserError for a store that cannot be written.
+    Raises Diverged, GpuFull where it outgrows its ``gpus`` GPUs, PlaceError for a store that cannot
+    be written, or NodeFault for what says something about this node alone.
     """
     for attempt in itertools.count(1):
         try:
-            return _build(request, index, on_epoch)
+            with faults_of_the_node(gpus):
+                return _build(request, index, on_epoch)
         except Overtaken:  # by another cluster that shares the store, or by its quarantine
             if attempt == OVERTAKEN_AT_MOST:
                 raise
-        except torch.OutOfMemoryError as error:
+        except GpuMemory as error:
             raise GpuFull(
-                "an expert needs more GPU memory than it was given. "
-                "Raise resources.gpus_per_expert, or write auto."
+                f"an expert does not fit: {error}. Raise resources.gpus_per_expert, or write auto."
             ) from error
 
 
 def _build(request: ExpertRequest, index: int, on_epoch: OnEpoch) -> None:
     device = request.numerics.apply()
-    data = _dataset(request.dataset, str(device), request.sender)
-    experts = TrajectoryStore(request.store_uri).expert_set(request.identity)
-    experts.create()
-    epochs = request.experts.epochs
-    training = train_expert(
-        request.experts,
-        data,
-        index,
-        epochs=epochs,
-        resume=experts.resume_point(index),
-        device=device,
-        backend=request.numerics.backend,
-    )
-    for snapshot in experts.record(index, training, last=epochs):
-        on_epoch(snapshot)
+    with needs_the_data():
+        data = _dataset(request.dataset, str(device), request.sender)
+    try:
+        experts = TrajectoryStore(request.store_uri).expert_set(request.identity)
+        experts.create()
+        epochs = request.experts.epochs
+        training = train_expert(
+            request.experts,
+            data,
+            index,
+            epochs=epochs,
+            resume=experts.resume_point(index),
+            device=device,
+            backend=request.numerics.backend,
+        )
+        for snapshot in experts.record(index, training, last=epochs):
+            on_epoch(snapshot)
+    except OSError as error:  # training itself touches no files
+        raise place_error(request.store_uri, "store.uri", error, verb="written") from error
 
 
 def gpu_need(request: ExpertRequest) -> tuple[int, int]:

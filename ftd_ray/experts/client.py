@@ -17,6 +17,7 @@ from ftd_ray.config import SweepConfig
 from ftd_ray.experts.broker import broker
 from ftd_ray.experts.build import ExpertRequest
 from ftd_ray.experts.orders import ExpertOrder, FleetStatus, Urgency
+from ftd_ray.nodes import address_of, failed_text
 from ftd_ray.shipping import Shipment, ship
 
 POLL_SECONDS = 1.0
@@ -36,6 +37,8 @@ class BrokerClient:
         self._pending: Any = None
         self._polled = 0.0
         self._notes_told = 0
+        self.left_out: dict[str, str] = {}
+        """Nodes that get no more work, by their id, in words."""
 
     def ship(self) -> None:
         """Makes the data set of this machine that of every node; it is kept open by ``poll``."""
@@ -68,6 +71,7 @@ class BrokerClient:
             cpus=r.cpus_per_expert,
             gpus=r.expert_gpus,
             memory=r.expert_memory,
+            at_once=r.max_experts_at_once,
             urgency=urgency,
         )
 
@@ -108,7 +112,16 @@ class BrokerClient:
     def new_notes(self) -> list[str]:
         """What the user should know and was not told yet."""
         told, self._notes_told = self._notes_told, len(self.status.notes)
-        return list(self.status.notes[told:])
+        new = self.status.left_out.keys() - self.left_out.keys()
+        reasons = {n: failed_text(address_of(n), self.status.left_out[n]) for n in new}
+        out = {n: f"{reason} It is left out." for n, reason in reasons.items()}
+        self.left_out |= out
+        return [*self.status.notes[told:], *out.values()]
+
+    def leave_out(self, nodes: dict[str, str]) -> None:
+        """Tells the broker of nodes that failed trials, by their id and why."""
+        if nodes.keys() - self.status.left_out.keys():
+            self.broker.leave_out.remote(nodes)
 
     def _take(self, status: FleetStatus) -> None:
         """A broker that came back knows less than the one before: what was built stays known.

@@ -21,6 +21,7 @@ from ftd_ray.storage import PlaceError, place_error
 from ftd_ray.store import TrajectoryStore
 from ftd_ray.store.usage import Usage
 from ftd_ray.tracking.tracker import Tracker
+from ftd_ray.waiting import NodeWatch
 
 
 class Fill:
@@ -43,9 +44,12 @@ class Fill:
         began = time.monotonic()
         start_ray(address)
         self._signals.arm()  # Ray has taken SIGTERM for itself
+        self._signals.at_once(self.tracker.interrupt)
         state = "FAILED"
         try:
-            check_cluster(self.config, experts_only=True)
+            autoscaler = check_cluster(self.config, experts_only=True)
+            self._nodes = NodeWatch(self.config, autoscaler, self._say, experts_only=True)
+            self._nodes.announce()
             if address is not None:  # nodes may come that have not got the data set
                 self._client.ship()
             self._usage.renew()
@@ -60,9 +64,9 @@ class Fill:
             self._say("interrupted. What is trained is in the store; the same command goes on.")
             raise
         finally:
+            self.tracker.finish(state)
             self._client.end()
             self._usage.end()
-            self.tracker.finish(state)
             self._tell_notes()
             ray.shutdown()
         sets = self._client.status.sets.values()
@@ -103,6 +107,7 @@ class Fill:
         if self._client.poll():
             self._usage.renew()
             self._tell()
+            self._nodes.look(self._client.status)
 
     def _tell(self, *, last: bool = False) -> None:
         self._progress.experts(self._client.status)

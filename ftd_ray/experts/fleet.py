@@ -1,7 +1,8 @@
 """The fleet: expert actors of one size, as many as there is work for and the cluster has room for.
 
-An actor takes the next build when it stands, so one that still waits for a node holds no work up.
-Waiting actors are demand that an autoscaler sees; with the last build they are withdrawn.
+Room is also what the cluster's autoscaler may add: waiting actors are the demand that it sees. An
+actor takes the next build when it stands, so one that still waits for a node holds no work up; with
+the last build those that wait are withdrawn.
 """
 
 import asyncio
@@ -10,7 +11,8 @@ import heapq
 import math
 import pickle
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,11 +20,19 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from ftd.errors import UserError
-from ftd_ray.experts.orders import Urgency
+from ftd_ray.experts.orders import GpuFull, Urgency
 from ftd_ray.experts.room import room_for
+from ftd_ray.node_faults import NodeFault, faults_of_the_node, gpus_here
+from ftd_ray.nodes import Health, NothingLeft, beside, nodes_able
+from ftd_ray.storage import PlaceError
 
 ATTEMPTS = 4
-"""Times that an expert is tried when its actor or node dies."""
+"""Times that actors are started in vain, one after the other."""
+LOSSES = 8
+"""Times that an expert may be lost with its process, on nodes that are still there, before it gets
+further: it is no accident any more."""
+LOSSES_FULL = 3
+"""What counts for as many: that it does not fit on a GPU. There may be larger ones elsewhere."""
 LEASE_SECONDS = 300
 """After so long an actor makes way for one that may have to wait: for trials, or other fleets."""
 RECOUNT_SECONDS = 2
@@ -34,6 +44,10 @@ GPU_HEADROOM = 0.92
 """Share of a GPU's memory that experts together may fill."""
 EXPERTS_PER_GPU = 8
 """At most, however small they are: more only wait for each other."""
+
+
+FAULTS = RayError | NodeFault | GpuFull
+"""After which a build is tried elsewhere. Whose share is measured, gets a larger one instead."""
 
 
 class ExpertActor:
@@ -52,8 +66,11 @@ class ExpertActor:
         """
         from ftd_ray.experts.build import build_expert, limit_gpu_memory
 
-        if share is not None:
-            limit_gpu_memory(share)
+        request, gpus = pickle.loads(work), gpus_here()
+        with faults_of_the_node(gpus):
+            if share is not None:
+                limit_gpu_memory(share)
+            self.check(request.numerics)
         began, trained = time.monotonic(), False
 
         def on_epoch(snapshot: Any) -> None:
@@ -61,14 +78,21 @@ class ExpertActor:
             trained = True
             broker.epoch_done.remote(key, index, snapshot.epoch, snapshot.val_accuracy)
 
-        build_expert(pickle.loads(work), index, on_epoch)
+        build_expert(request, index, on_epoch, gpus=gpus)
         return time.monotonic() - began if trained else None
 
     def gpu_need(self, work: bytes) -> tuple[int, int]:
         """Bytes of its GPU that one such expert takes, and that there are."""
         from ftd_ray.experts.build import gpu_need
 
-        return gpu_need(pickle.loads(work))
+        with faults_of_the_node(gpus_here()):
+            return gpu_need(pickle.loads(work))
+
+    def check(self, numerics: Any) -> None:
+        """Raises NodeFault where the device does not compute what it should."""
+        from ftd_ray.probe import check
+
+        check(numerics)
 
 
 @dataclass(eq=False)
@@ -85,6 +109,8 @@ class Build:
     """That are left to train, at most."""
     work: bytes
     done: asyncio.Future[float | None]
+    at_once: int | None = None
+    """Builds of this size at a time, at most; of several limits the largest counts."""
     losses: int = 0
     """Of its actor, since it got further last."""
     worker: "Worker | None" = field(default=None, repr=False)
@@ -128,9 +154,11 @@ class Fleet:
         *,
         share: float | None = None,
         actor: type = ExpertActor,
-        room: Callable[[float, float, int], int] | None = None,
+        room: Callable[[float, float, int], float] | None = None,
+        health: Health | None = None,
     ) -> None:
         self.size, self._share = (cpus, gpus, memory), share
+        self._health = health or Health()
         self._actor, self._room = actor, room or room_for
         self._queue: list[Build] = []
         self.workers: set[Worker] = set()
@@ -192,7 +220,7 @@ class Fleet:
 
     async def _keep(self) -> None:
         """Starts and withdraws actors while there is work."""
-        room = 1
+        room = 1.0
         while self._due() or self.workers:
             self._wake.clear()
             with contextlib.suppress(Exception):  # the cluster does not answer just now
@@ -204,12 +232,15 @@ class Fleet:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), RECOUNT_SECONDS)
 
-    def _adjust(self, room: int) -> None:
+    def _adjust(self, room: float) -> None:
         """Starts or withdraws actors until there are as many as work and room are there for."""
-        busy = sum(w.build is not None for w in self.workers)
-        wanted = min(room, busy + self._due())
+        busy = [w.build for w in self.workers if w.build is not None]
+        due = [build for build in self._queue if build.due]
+        limits = [math.inf if b.at_once is None else b.at_once for b in (*busy, *due)]
+        wanted = int(min(room, len(busy) + len(due), max(limits, default=0)))
         for _ in range(wanted - len(self.workers)):
-            worker = Worker(start_actor(*self.size, self._actor))
+            apart = self._health.avoid(nodes_able(*self.size))
+            worker = Worker(start_actor(*self.size, self._actor, apart))
             self.workers.add(worker)
             worker.life = asyncio.create_task(self._live(worker))
         surplus = [w for w in self.workers if w.node is None]
@@ -231,9 +262,9 @@ class Fleet:
                 worker.build, build.worker = build, worker
                 await self._one(worker.actor, build)
                 worker.build = build.worker = None
-        except RayError as error:  # its process or its node is gone, or its memory
+        except (RayError, NodeFault, GpuFull) as error:  # its process, node, GPU or data are gone
             if worker.build is not None:
-                self._lost(worker.build)
+                self._lost(worker.build, worker.node, error)
             elif worker in self.workers:  # not dismissed
                 self._failed_start(error)
         finally:
@@ -245,32 +276,57 @@ class Fleet:
         try:
             seconds = await actor.build.remote(build.work, build.key, build.index, self._share, me)
         except Exception as error:
-            if isinstance(error, RayError) and not isinstance(error, RayTaskError):
-                raise  # the actor is gone, and the build may be tried again
+            cause = error.cause if isinstance(error, RayTaskError) else error
+            elsewhere = RayError | NodeFault if self._share is not None else FAULTS
+            if isinstance(cause, elsewhere):
+                raise cause from None  # the build may be tried again
             if not build.done.done():
                 build.done.set_exception(error)
         else:
+            if node := node_ids().get(build.node or ""):
+                self._health.worked(node)
             if seconds is not None:
                 self._pace[build.kind] = seconds / max(1, build.epochs)
             if not build.done.done():
                 build.done.set_result(seconds)
 
-    def _lost(self, build: Build) -> None:
+    def _lost(self, build: Build, place: str | None, error: Exception) -> None:
+        """A build is tried again elsewhere; what may be its own doing counts."""
+        node = node_ids().get(place or "")
         build.worker = None
-        build.losses += 1
+        if isinstance(error, GpuFull):
+            build.losses += math.ceil(LOSSES / LOSSES_FULL)
+        elif isinstance(error, NodeFault):
+            own = error.kind == "gpu"
+            if node is not None:
+                self._health.failed(node, (build.key, build.index), error.reason, own=own)
+                build.losses += own and self._health.is_proven(node)
+        elif node is not None:  # else it went with its node
+            self._health.suspect(node)
+            build.losses += 1
         if build.done.done():
             return
-        if build.losses < ATTEMPTS:
+        if build.losses < LOSSES:
             self._push(build)
-            return
-        build.done.set_exception(
-            UserError(
-                f"expert {build.index} of set {build.key} was lost {ATTEMPTS} times with its "
-                "process and got no further. Does an expert need more memory than there is?"
+        elif isinstance(error, GpuFull):
+            build.done.set_exception(error)
+        else:
+            build.done.set_exception(
+                UserError(
+                    f"expert {build.index} of set {build.key} was lost {LOSSES} times with its "
+                    "process and got no further. Does an expert need more memory than there is? "
+                    "Set resources.memory_per_expert to what it needs, so that a node takes no "
+                    "more of them than it holds."
+                )
             )
-        )
 
     def _failed_start(self, error: Exception) -> None:
+        if isinstance(error, NothingLeft):
+            queue, self._queue = self._queue, []
+            for build in queue:
+                if not build.done.done():
+                    build.done.set_exception(error)
+            return
         self._failed_starts += 1
         if self._failed_starts < ATTEMPTS or not self._due():
             return
@@ -279,22 +335,34 @@ class Fleet:
         if not build.done.done():
             reason = " ".join(str(error).split())[:200]
             build.done.set_exception(
-                UserError(f"expert actors could not be started {ATTEMPTS} times ({reason}).")
+                PlaceError(f"expert actors could not be started {ATTEMPTS} times ({reason}).")
             )
 
 
-def start_actor(cpus: float, gpus: float, memory: int, actor: type = ExpertActor) -> Any:
-    """A new expert actor, spread over the nodes; it may have to wait for its place."""
+def start_actor(
+    cpus: float,
+    gpus: float,
+    memory: int,
+    actor: type = ExpertActor,
+    avoid: Collection[str] = (),
+) -> Any:
+    """A new expert actor, spread over the nodes but those to ``avoid``; it may have to wait."""
     size = {"num_cpus": cpus, "num_gpus": gpus, "memory": memory}
-    return ray.remote(actor).options(**size, scheduling_strategy="SPREAD").remote()
+    options = size | {"scheduling_strategy": "SPREAD"} | beside(avoid)
+    return ray.remote(actor).options(**options).remote()
 
 
 def node_name() -> str:
     """This node's address; nodes that share theirs with others add the start of their id."""
     here = ray.get_runtime_context().get_node_id()
+    return next(name for name, node in node_ids().items() if node == here)
+
+
+def node_ids() -> dict[str, str]:
+    """Name -> id of the cluster's nodes."""
     addresses = {n["NodeID"]: n["NodeManagerAddress"] for n in ray.nodes() if n["Alive"]}
-    alone = list(addresses.values()).count(addresses[here]) == 1
-    return addresses[here] if alone else f"{addresses[here]}-{here[:6]}"
+    shared = Counter(addresses.values())
+    return {a if shared[a] == 1 else f"{a}-{node[:6]}": node for node, a in addresses.items()}
 
 
 def gpu_share(need: int, total: int) -> float:

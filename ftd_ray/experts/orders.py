@@ -44,6 +44,8 @@ class ExpertOrder:
     """None for a share of a GPU that is measured."""
     memory: int = 0
     """Bytes that an expert books; 0 for none."""
+    at_once: int | None = None
+    """Experts of that size in training at a time, at most; of several limits the largest counts."""
     urgency: Urgency = Urgency.TRIAL
 
 
@@ -113,6 +115,8 @@ class FleetStatus:
     """Expert actors that wait for room on the cluster."""
     notes: tuple[str, ...] = ()
     """What a user should know, such as experts that were found damaged."""
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Nodes that failed again and again, by their id, and why: they get no more work."""
     mark: tuple[str, int] = ("", 0)
     """(broker, number) of this answer: who names it, hears what is new since then."""
     whole: bool = True

@@ -23,11 +23,11 @@ from ftd.data.inspection import inspect
 from ftd.data.tables import parquet_files
 from ftd.errors import UserError
 from ftd.expert import Numerics
-from ftd_ray.command import exit_code
+from ftd_ray.command import ADDRESS_HELP, exit_code, ray_address
 from ftd_ray.config import apply_override, load_config, parse_config
 from ftd_ray.folder import saved_sweep
+from ftd_ray.local import listen_on_loopback
 from ftd_ray.new.choice import PHOTOGRAPH, choose, scales_of
-from ftd_ray.new.crew import standing
 from ftd_ray.new.images import Images, images_of
 from ftd_ray.new.pace import Pace, Task
 from ftd_ray.new.page import page
@@ -51,12 +51,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--hours", type=float, default=1.0, help="that it may take (default 1)")
     parser.add_argument("--out", help="the file to write (default <folder's name>.yaml)")
-    parser.add_argument("--address", help="of a Ray cluster; else RAY_ADDRESS, else a local one")
+    parser.add_argument("--address", help=ADDRESS_HELP)
     args = parser.parse_intermixed_args(argv)
     return exit_code("new", lambda: _main(args))
 
 
 def _main(args: argparse.Namespace) -> int:
+    address = ray_address(args.address)
     if not 0 < args.hours < float("inf"):
         raise UserError(f"--hours {args.hours:g} must be above 0, and finite.")
     out = Path(args.out or f"{Path(args.root).resolve().name or 'images'}.yaml")
@@ -75,7 +76,10 @@ def _main(args: argparse.Namespace) -> int:
         images = images_of(dataset, inspect(likely, progress))
     scales = scales_of(images, ipc)
     say(*saw(images))
-    address = args.address or os.environ.get("RAY_ADDRESS")
+    if address is None:
+        listen_on_loopback()
+    from ftd_ray.new.stand import standing  # brings Ray
+
     with waiting.status("measuring, about half a minute"), standing(address) as stand:
         numerics = Numerics.on(stand.crew.device, stand.crew.cpus)
         say(machine(stand.crew, numerics))

@@ -49,6 +49,10 @@ class Outbox:
         self._name, self._transient, self._blames = name, transient, blames
         self._changed = threading.Condition()
         self._queue: deque[_Entry] = deque()
+        self._first: deque[_Entry] = deque()
+        """Goes before all of the queue."""
+        self._taken = self._queue
+        """Of the two the one whose entries are being sent."""
         self._thread: threading.Thread | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._files = 0
@@ -71,6 +75,10 @@ class Outbox:
         ``files`` of ``keep`` are removed when it is done.
         """
         self._append(_Entry(lambda _: what(), None, None, files))
+
+    def put_first(self, what: Callable[[], None]) -> None:
+        """Has ``what`` called next, before all that waits; in an outage it is tried at once."""
+        self._append(_Entry(lambda _: what(), None, None, ()), self._first)
 
     def put_part(
         self,
@@ -112,7 +120,7 @@ class Outbox:
 
     def __len__(self) -> int:
         """Entries that are not sent yet."""
-        return len(self._queue)
+        return len(self._first) + len(self._queue)
 
     def drain(self, seconds: float, patience: float | None = None) -> int:
         """Waits until all is sent, or the time is over; returns how many entries are left.
@@ -124,7 +132,7 @@ class Outbox:
             self._hurry = True
             self._changed.notify_all()
             try:
-                while self._queue:
+                while len(self):
                     end = began + seconds
                     if patience is not None and self._outage is not None:
                         end = min(end, max(began, self._outage) + patience)
@@ -133,22 +141,23 @@ class Outbox:
                     self._changed.wait(left)
             finally:
                 self._hurry = False
-            return len(self._queue)
+            return len(self)
 
     def close(self) -> None:
         """Forgets what is left, ends the thread and removes the files; a later put begins anew."""
         with self._changed:
             self._thread = None
             self._queue.clear()
+            self._first.clear()
             self._alone, self._outage, self._backlog = 0, None, None
             self._changed.notify_all()
         if self._folder is not None:
             self._folder.cleanup()
             self._folder = None
 
-    def _append(self, entry: _Entry) -> None:
+    def _append(self, entry: _Entry, queue: deque[_Entry] | None = None) -> None:
         with self._changed:
-            self._queue.append(entry)
+            (self._queue if queue is None else queue).append(entry)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="outbox", daemon=True)
                 self._thread.start()
@@ -183,10 +192,11 @@ class Outbox:
     def _next(self) -> list[_Entry]:
         """The entries to send now; none when all is over."""
         with self._changed:
-            self._changed.wait_for(lambda: self._queue or self._over())
+            self._changed.wait_for(lambda: len(self) or self._over())
             if self._over():
                 return []
-            entries = [self._queue[0]]
+            self._taken = self._first or self._queue
+            entries = [self._taken[0]]
             if entries[0].key is not None and not self._alone:
                 for entry in islice(self._queue, 1, TOGETHER):
                     if entry.key != entries[0].key:
@@ -202,7 +212,10 @@ class Outbox:
             if self._over():
                 return
             for _ in entries:
-                self._queue.popleft()
+                self._taken.popleft()
+            self._changed.notify_all()
+            if self._taken is self._first:
+                return
             self._alone = max(0, self._alone - 1)
             if self._backlog is not None and self._outage is None:
                 self._backlog -= len(entries)
@@ -211,7 +224,6 @@ class Outbox:
                     n = self._late
                     were = "1 entry was" if n == 1 else f"{n} entries were"
                     self._notes.append(f"{self._name} answers again; {were} sent.")
-            self._changed.notify_all()
 
     def _over(self) -> bool:
         return threading.current_thread() is not self._thread
@@ -251,7 +263,8 @@ class Outbox:
         began = time.monotonic()
         with self._changed:
             while not self._over():
-                end = began + (min(seconds, FIRST_WAIT) if self._hurry else seconds)
+                hurry = self._hurry or self._first
+                end = began + (min(seconds, FIRST_WAIT) if hurry else seconds)
                 if (left := end - time.monotonic()) <= 0:
                     break
                 self._changed.wait(left)

@@ -59,6 +59,7 @@ class Runs:
         self._tried: set[str] = set()
         """Children that were asked for without an answer."""
         self._kind = ""
+        self._interrupted = False
 
     # --- the parent -------------------------------------------------------------------------
 
@@ -124,11 +125,15 @@ class Runs:
         inputs: Sequence[DatasetInput],
         start: int,
     ) -> None:
+        if self._interrupted and "ftd.state" in tags:
+            tags = tags | {"ftd.state": "interrupted"}
         known = self.known.get(target)
         if known is not None and self._reopen(known):
             self._client.log_batch(known, tags=[RunTag(*t) for t in tags.items()])
         else:
             known = self.known[target] = self._create(name, tags, start)
+        if self._interrupted:
+            self._client.set_terminated(known, "KILLED", start)
         if inputs:
             self._client.log_inputs(known, inputs)
 
@@ -191,6 +196,20 @@ class Runs:
         if "ftd.trial" in run.data.tags:
             self._client.set_tag(run.info.run_id, "ftd.state", "interrupted")
         self._client.set_terminated(run.info.run_id, "KILLED", now)
+
+    def interrupt_all(self, now: int) -> None:
+        """Ends all runs, by one request each: there may be little time. Those to come end at once.
+
+        What is still to be written to them can be; a trial that had ended gets its own end by that.
+        """
+        self._interrupted = True
+        self.end_parent("KILLED", now)
+        running = list(self.children("attributes.status = 'RUNNING'"))
+        for run in running:
+            self._client.set_terminated(run.info.run_id, "KILLED", now)
+        for run in running:
+            if "ftd.trial" in run.data.tags:
+                self._client.set_tag(run.info.run_id, "ftd.state", "interrupted")
 
     def close_orphans(self, now: int) -> None:
         """No run below the parent stays RUNNING: what was not told its end was interrupted."""

@@ -54,6 +54,7 @@ class Tracker:
         except Exception as error:  # MLflow lets errors of requests and sqlalchemy through
             raise self._silent(error) from error
         self._left = 0
+        self._interrupted = False
         self._outbox = Outbox("MLflow", transient, self._runs.blames)
         self._names: dict[str, str] = {}
         self._found: dict[int, Run] = {}
@@ -162,6 +163,15 @@ class Tracker:
     def trials_path(self) -> str:
         """Where a browser finds the sweep's trials as charts, below the server's address."""
         return trials_path(self.experiment_id, self.parent_id)
+
+    def interrupt(self) -> None:
+        """Has all runs end as KILLED before anything else is sent. Any thread may call it.
+
+        It neither waits nor ends the tracker: ``finish`` does.
+        """
+        if self.parent_id and not self._interrupted:
+            self._interrupted = True
+            self._outbox.put_first(partial(self._runs.interrupt_all, _now()))
 
     def finish(self, status: str) -> None:
         """Ends the parent and whatever still runs below it: FINISHED, FAILED or KILLED.
