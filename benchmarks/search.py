@@ -23,8 +23,9 @@ from ftd_ray.bridge import run_search
 from ftd_ray.cluster import start_ray
 from ftd_ray.config import SweepConfig, load_config
 from ftd_ray.experts.orders import ExpertOrder
+from ftd_ray.journal import STUDY_FILE
 from ftd_ray.pictures import short_names
-from ftd_ray.search import STUDY_FILE, Ended, Suggestion, SweepStudy
+from ftd_ray.search import Ended, Suggestion, SweepStudy
 from ftd_ray.tracking.tracker import Tracker
 from ftd_ray.trial import Report
 from ftd_ray.workers import OnNode, TrialOrder, start_pool

@@ -146,6 +146,10 @@ resources (with the same threads and devices), where things are, `dataset.column
 began, for instance because a damaged one was removed, accuracies before and after cannot be
 compared: if no trial is complete or pruned, the search begins anew on them and says so (the old
 journal stays in the folder as `study.journal.*`); otherwise the sweep is refused.
+
+**The study** is Optuna's journal, `study.journal` in the sweep's folder. On an object store a sweep
+puts what is new beside it, in `study.journal.d/`, and makes it one file again when it ends; to copy
+a sweep that was killed, take both.
 """
 
 TAIL = """\

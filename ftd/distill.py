@@ -12,9 +12,11 @@ that is evaluated and saved is a moving average of the images, x^:
 
 import math
 import time
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
+from itertools import islice
 from typing import Any
 from typing import Protocol as TypingProtocol
 
@@ -56,6 +58,9 @@ SEARCH_SEGMENTS = 3
 
 SEARCH_LOSS = 2.0
 """Matching loss of a student that goes as far as the expert does, at right angles to its way."""
+
+SEGMENTS_AHEAD = 4
+"""Segments that are on their way while a step computes: one that is late holds nothing up."""
 
 SCALE_IMAGES = 1024
 """Training images whose pixels' standard deviation is the unit of ``lr_img``."""
@@ -212,7 +217,10 @@ class DistillConfig:
 
 
 class Trajectories(TypingProtocol):
-    """Where segments come from: a store, or a folder on this machine."""
+    """Where segments come from: a store, or a folder on this machine.
+
+    One that may be asked for several at the same time, by as many threads, has ``at_once``.
+    """
 
     @property
     def experts(self) -> int:
@@ -460,24 +468,28 @@ class _Pick:
 def _picks(
     config: DistillConfig, trajectories: Trajectories, seed: int, first: int
 ) -> Iterator[_Pick]:
-    """The segments of the outer steps; the next one is read while the current step computes."""
-    with ThreadPoolExecutor(1, "prefetch") as reader:
+    """The segments of the outer steps; the next ones are read while the current step computes."""
+    reader = ThreadPoolExecutor(getattr(trajectories, "at_once", 1), "prefetch")
 
-        def order(step: int) -> tuple[Any, ...]:
-            gen = generator(seed, "step", step)
-            expert = _randint(trajectories.experts, gen)
-            t = _randint(config.max_start_epoch, gen)
-            reading = reader.submit(trajectories.segment, expert, t, t + config.expert_epochs)
-            return step, gen, expert, t, reading
+    def order(step: int) -> tuple[Any, ...]:
+        gen = generator(seed, "step", step)
+        expert = _randint(trajectories.experts, gen)
+        t = _randint(config.max_start_epoch, gen)
+        reading = reader.submit(trajectories.segment, expert, t, t + config.expert_epochs)
+        return step, gen, expert, t, reading
 
-        coming = order(first) if first <= config.iterations else None
-        while coming is not None:
-            step, gen, expert, t, reading = coming
+    orders = map(order, range(first, config.iterations + 1))
+    try:
+        coming = deque(islice(orders, SEGMENTS_AHEAD))
+        while coming:
+            step, gen, expert, t, reading = coming.popleft()
             began = time.perf_counter()
             start, target = reading.result()
             waited = time.perf_counter() - began
-            coming = order(step + 1) if step < config.iterations else None
+            coming.extend(islice(orders, 1))
             yield _Pick(step, gen, expert, t, start, target, waited)
+    finally:
+        reader.shutdown(cancel_futures=True)
 
 
 def draw_inner_steps(

@@ -55,6 +55,9 @@ PART_EPOCHS = 5
 OPEN_FILES = 64
 """Parts that a reader keeps open."""
 
+MANIFEST_READERS = 16
+"""Manifests that are read at the same time, where all of a set are looked at."""
+
 PRECISIONS = ("float32", "float16", "bfloat16")
 """Of the snapshots on disk; readers get float32 whatever it is."""
 
@@ -70,6 +73,7 @@ _SCHEMA = pa.schema(
 _WHOLE = pa.field("params_float32", pa.large_binary())  # likewise, where params has fewer bits
 
 _MANIFEST = re.compile(r"manifest-(\d{5})(-[0-9a-f]{12})?\.json")
+_PART = re.compile(r"part-\d{4,}-\d{4,}-[0-9a-f]{12}\.parquet")
 _EXPERT = re.compile(r"expert-(\d{4,})")
 
 
@@ -81,6 +85,10 @@ def set_key(identity: dict[str, Any]) -> str:
 
 class DamagedError(UserError):
     """A file of the set is not what its manifest says. The message names the file."""
+
+
+class NotPublished(DamagedError):
+    """Epochs of an expert are not there, or not any more: they can be trained anew."""
 
 
 class Overtaken(UserError):
@@ -197,6 +205,8 @@ class ExpertSet:
             )
         self._files: dict[str, _File] = {}
         self._manifests: dict[int, Manifest] = {}
+        self._names: dict[int, list[str]] = {}
+        """Expert -> its manifests as the last listing of the whole set had them, the best first."""
         self._base: dict[int, _End] = {}
         """Expert -> what its writer, this object, trains on from."""
 
@@ -208,6 +218,57 @@ class ExpertSet:
         files = self.fs.get_file_info(pafs.FileSelector(folder, allow_not_found=True))
         names = manifest_names(files)
         return self.read_manifest(expert, names[0]) if names else None
+
+    def published(self) -> dict[int, int]:
+        """Expert -> its last published epoch, as the names of manifests tell it.
+
+        One listing, however many experts there are. What is in the manifests is not looked at:
+        ``damaged_manifests`` does, and so does whoever reads an expert.
+        """
+        self._names = self._list()
+        return {i: _epoch_of(names[0]) for i, names in self._names.items()}
+
+    def damaged_manifests(self) -> dict[int, DamagedError]:
+        """Experts whose manifest, of those that ``published`` has found, cannot be used."""
+
+        def fault(expert: int) -> DamagedError | None:
+            try:
+                self.read_manifest(expert, self._names[expert][0])
+            except DamagedError as error:
+                return error
+            return None
+
+        with ThreadPoolExecutor(MANIFEST_READERS) as pool:
+            faults = zip(self._names, pool.map(fault, self._names), strict=True)
+            return {expert: error for expert, error in faults if error is not None}
+
+    def sizes(self) -> dict[int, int]:
+        """Expert -> bytes of its part files. One listing."""
+        sizes: dict[int, int] = {}
+        for expert, file in self._walk():
+            if _PART.fullmatch(file.base_name):
+                sizes[expert] = sizes.get(expert, 0) + (file.size or 0)
+        return sizes
+
+    def _list(self) -> dict[int, list[str]]:
+        found: dict[int, list[pafs.FileInfo]] = {}
+        for expert, file in self._walk():
+            found.setdefault(expert, []).append(file)
+        names = {i: manifest_names(files) for i, files in sorted(found.items())}
+        return {i: n for i, n in names.items() if n}
+
+    def _walk(self) -> Iterator[tuple[int, pafs.FileInfo]]:
+        """(expert, file) of all files in experts' folders."""
+        selector = pafs.FileSelector(self.path, allow_not_found=True, recursive=True)
+        try:
+            files = self.fs.get_file_info(selector)
+        except FileNotFoundError:  # a folder went while it was walked through
+            files = self.fs.get_file_info(selector)
+        for file in files:
+            folder, _, _ = file.path.removeprefix(f"{self.path}/").rpartition("/")
+            expert = _EXPERT.fullmatch(folder)
+            if expert and file.type == pafs.FileType.File:
+                yield int(expert[1]), file
 
     def read_manifest(self, expert: int, name: str) -> Manifest | None:
         """One manifest of an expert, checked; None if it is gone, because it was quarantined."""
@@ -233,8 +294,7 @@ class ExpertSet:
 
     def complete(self, epochs: int) -> list[int]:
         """Experts that are published up to ``epochs`` at least, in order."""
-        manifests = {i: self.manifest(i) for i in self.experts()}
-        return [i for i, m in manifests.items() if m is not None and m.epochs >= epochs]
+        return [i for i, published in self.published().items() if published >= epochs]
 
     def segment(self, expert: int, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
         """Parameters (P,), float32, of an expert at two epochs of one and the same trajectory.
@@ -264,15 +324,22 @@ class ExpertSet:
     def part(self, expert: int, epoch: int) -> Part:
         """The published file that holds an epoch of an expert."""
         if expert not in self._manifests or self._manifests[expert].epochs < epoch:
-            manifest = self.manifest(expert)
+            manifest = self._listed(expert, epoch) or self.manifest(expert)
             if manifest is None or manifest.epochs < epoch:
                 have = "none" if manifest is None else str(manifest.epochs)
-                raise UserError(
+                raise NotPublished(
                     f"expert {expert} of {self.path} has {have} of the {epoch} epochs needed. "
                     "Train it further."
                 )
             self._manifests[expert] = manifest
         return self._manifests[expert].part_of(epoch)
+
+    def _listed(self, expert: int, epoch: int) -> Manifest | None:
+        """The manifest that the last listing has of an expert, if it goes far enough."""
+        names = self._names.get(expert)
+        if not names or _epoch_of(names[0]) < epoch:
+            return None
+        return self.read_manifest(expert, names[0])
 
     def history(self, expert: int) -> list[tuple[int, float, float]]:
         """(epoch, training loss, validation accuracy) of every published epoch."""
@@ -481,6 +548,7 @@ class ExpertSet:
         """Drops what is known of an expert's files; returns the manifest they were read by."""
         for path in [p for p in self._files if p.startswith(f"{self.folder(expert)}/")]:
             self._files.pop(path).source.close()
+        self._names.pop(expert, None)
         return self._manifests.pop(expert, None)
 
     def folder(self, expert: int) -> str:
@@ -514,6 +582,13 @@ def manifest_names(files: Iterable[pafs.FileInfo]) -> list[str]:
         if (m := _MANIFEST.fullmatch(f.base_name))
     ]
     return [name for _, _, name in sorted(found)]
+
+
+def _epoch_of(name: str) -> int:
+    """The last epoch that a manifest publishes."""
+    match = _MANIFEST.fullmatch(name)
+    assert match is not None
+    return int(match[1])
 
 
 def quarantine_stamp() -> str:

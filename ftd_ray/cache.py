@@ -6,6 +6,7 @@ asked for them first; the least recently used go when their bytes exceed a limit
 """
 
 import asyncio
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -140,7 +141,10 @@ class _Reader:
         self._sets.pop(key, None)
 
     def _set(self, key: str) -> ExpertSet:
-        experts = self._sets.pop(key, None) or TrajectoryStore(self._uri).at(key)
+        experts = self._sets.pop(key, None)
+        if experts is None:
+            experts = TrajectoryStore(self._uri).at(key)
+            experts.published()  # one listing of the set, in place of one of each expert
         while len(self._sets) >= SETS_OPEN:
             self._sets.pop(next(iter(self._sets)))
         self._sets[key] = experts  # the last used are the last
@@ -150,29 +154,41 @@ class _Reader:
 class CachedExperts:
     """The first ``count`` experts of a set, read through the cache of this worker's node."""
 
+    at_once = READERS
+
     def __init__(self, store_uri: str, key: str, count: int, limit: int):
         self.experts = count
         self._uri, self._key, self._limit = store_uri, key, limit
         self._cache: Any = None
+        self._one = threading.Lock()
         self._direct: ExpertSet | None = None
 
     def segment(self, expert: int, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
         """Parameters (P,), read-only, of an expert at two epochs. Raises what the store raises."""
         for _ in range(ATTEMPTS):
+            cache = None
             try:
-                if self._cache is None:
-                    self._cache = node_cache(self._uri)
-                    if ray.get_runtime_context().get_actor_id() is not None:
-                        self._cache.join.remote(ray.get_runtime_context().current_actor)
-                get = self._cache.get.remote(self._key, expert, (start, end), self._limit)
+                cache = self._joined()
+                get = cache.get.remote(self._key, expert, (start, end), self._limit)
                 first, last = ray.get(get)
                 return ray.get(first), ray.get(last)
             except RayTaskError as error:
                 raise error.cause if isinstance(error.cause, Exception) else error from None
             except RayError:  # the cache died, and its arrays with it
-                self._cache = None
-        self._direct = self._direct or TrajectoryStore(self._uri).at(self._key)
-        return self._direct.segment(expert, start, end)
+                with self._one:
+                    self._cache = None if self._cache is cache else self._cache
+        with self._one:  # a set has one reader at a time
+            self._direct = self._direct or TrajectoryStore(self._uri).at(self._key)
+            return self._direct.segment(expert, start, end)
+
+    def _joined(self) -> Any:
+        """The node's cache, which does not end before this actor."""
+        with self._one:
+            if self._cache is None:
+                self._cache = node_cache(self._uri)
+                if ray.get_runtime_context().get_actor_id() is not None:
+                    self._cache.join.remote(ray.get_runtime_context().current_actor)
+            return self._cache
 
 
 def node_cache(store_uri: str) -> Any:

@@ -339,7 +339,7 @@ class Sweep:
             evaluate=config.evaluate,
             numerics=r.trial_numerics,
             store_uri=config.store.uri,
-            cache_bytes=config.store.cache_mb * 2**20,
+            cache_bytes=self.plan.cache_bytes,
             folder=self._trial_folder(suggestion.number),
         )
         experts = self._experts.order(point.experts, Urgency.TRIAL)
@@ -482,11 +482,12 @@ class Sweep:
     def _bytes_of(self, experts: Iterable[tuple[str, int]]) -> int:
         """Bytes on disk of (set, expert)s; 0 where the store does not answer."""
         store = TrajectoryStore(self.config.store.uri)
+        sizes: dict[str, dict[int, int]] = {}
         total = 0
         with contextlib.suppress(OSError, UserError):
             for key, index in experts:
-                manifest = store.at(key).manifest(index)
-                total += sum(part.bytes for part in manifest.parts) if manifest else 0
+                sizes[key] = sizes.get(key) or store.at(key).sizes()
+                total += sizes[key].get(index, 0)
         return total
 
     def _keep_state(self) -> None:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ftd.errors import UserError
-from ftd_ray.search import STUDY_FILE, read_begun
-from ftd_ray.storage import join, move_file, remove_file, remove_tree
+from ftd_ray.journal import STUDY_FILE, set_journal_aside
+from ftd_ray.search import read_begun
+from ftd_ray.storage import join, remove_file, remove_tree
 
 CARRIED = ("mlflow_run", "mark")
 """What the new study remembers of the old one: they share MLflow's parent run."""
@@ -50,8 +51,7 @@ class OtherImages:
         """
         remove_file(join(self.folder, "summary.json"))
         remove_tree(join(self.folder, "trials"))
-        journal = join(self.folder, STUDY_FILE)
-        move_file(journal, join(self.folder, f"{STUDY_FILE}.{self.before[:8]}"))
+        set_journal_aside(self.folder, f"{STUDY_FILE}.{self.before[:8]}")
 
 
 def other_images(folder: str, fingerprint: str) -> OtherImages | None:

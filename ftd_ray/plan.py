@@ -1,6 +1,5 @@
 """What a sweep is going to do, worked out before anything is started."""
 
-import contextlib
 import os
 import shutil
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from ftd.data import Progress, describe
 from ftd.data.dataset import Description
 from ftd.expert import ExpertConfig, Numerics, network_for, set_key
 from ftd.native import unavailable
-from ftd.trajectory import PART_EPOCHS, DamagedError, ExpertSet
+from ftd.trajectory import PART_EPOCHS, ExpertSet
 from ftd_ray.config import SweepConfig
 from ftd_ray.dataplan import data_lines
 from ftd_ray.earlier import Earlier
@@ -68,6 +67,25 @@ class Plan:
     def bytes_missing(self) -> int:
         return sum(s.bytes_missing for s in self.sets)
 
+    @property
+    def hot_bytes(self) -> int:
+        """What trials read again and again: each expert up to the last epoch that segments reach,
+        as float32."""
+        starts, lengths = (
+            self.config.values_of(f"distill.{k}") for k in ("max_start_epoch", "expert_epochs")
+        )
+        snapshots = max(starts) + max(lengths)  # from epoch 0 on
+        return sum(
+            s.experts.count * min(snapshots, s.experts.epochs + 1) * s.parameters * 4
+            for s in self.sets
+        )
+
+    @property
+    def cache_bytes(self) -> int:
+        """What a node keeps of it, where its object store is large enough."""
+        given = self.config.store.cache_mb
+        return self.hot_bytes if given is None else given * 2**20
+
     def expert_set(self, params: dict[str, Any]) -> tuple[str, str]:
         """Key and place of the expert set of a point."""
         c = self.config
@@ -95,6 +113,8 @@ class Plan:
             *self._search_lines(),
             *self._space_lines(),
             *self._expert_lines(),
+            f"segments   {size_text(self.hot_bytes)} of the store that trials read; a node keeps "
+            f"{size_text(self.cache_bytes)}, if half of its object store holds that",
         ]
         r = c.resources
         lines += [
@@ -206,10 +226,11 @@ def _deviations(point: StartPoint) -> str:
     return f", with {', '.join(here)}" if here else ""
 
 
-def make_plan(config: SweepConfig, progress: Progress | None = None) -> Plan:
+def make_plan(config: SweepConfig, progress: Progress | None = None, *, read: bool = False) -> Plan:
     """Looks at the data set and the store. Raises UserError when the space does not fit them.
 
-    The first time it looks at every image, and tells ``progress``.
+    The first time it looks at every image, and tells ``progress``. With ``read`` experts count
+    whose manifests are whole; else their names suffice, one listing for a set.
     """
     data = describe(config.dataset, progress)
     config.check_against(data)
@@ -223,7 +244,7 @@ def make_plan(config: SweepConfig, progress: Progress | None = None) -> Plan:
             if (experts.count, experts.epochs) <= (known.experts.count, known.experts.epochs):
                 continue
             params = known.params
-        present = _complete(store.expert_set(identity), experts.epochs)
+        present = _complete(store.expert_set(identity), experts.epochs, read=read)
         sets[key] = PlannedSet(
             key=key,
             params=params,
@@ -235,15 +256,11 @@ def make_plan(config: SweepConfig, progress: Progress | None = None) -> Plan:
     return Plan(config, data, tuple(sets.values()))
 
 
-def _complete(experts: ExpertSet, epochs: int) -> list[int]:
-    """Experts that need no training; a damaged one does, and the broker will see to it."""
-    found = []
-    for index in experts.experts():
-        with contextlib.suppress(DamagedError):
-            manifest = experts.manifest(index)
-            if manifest is not None and manifest.epochs >= epochs:
-                found.append(index)
-    return found
+def _complete(experts: ExpertSet, epochs: int, *, read: bool) -> list[int]:
+    """Experts that need no training. A damaged one does, and the broker will see to it."""
+    published = experts.published()
+    damaged = experts.damaged_manifests() if read else ()
+    return [i for i, there in published.items() if there >= epochs and i not in damaged]
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,8 @@ reports. Samplers are seeded at every ask from (seed, trial number), since a sam
 state is not stored and would repeat its first points.
 """
 
-import contextlib
 import os
-import shutil
 import tempfile
-import threading
-import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,15 +24,12 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 from ftd.errors import UserError
 from ftd.seeds import derive_seed
 from ftd_ray.imputation import DIVERGED, ImputingStorage
+from ftd_ray.journal import STUDY_FILE, Journal, read_journal
 from ftd_ray.presets import StartPoint
 from ftd_ray.samplers import DIVERGED_PER_LIVED, DistinctSampler, pruner_of, sampler_of
 from ftd_ray.sections import SearchConfig
 from ftd_ray.space import Dimension
-from ftd_ray.storage import is_local, join, read_bytes, write_bytes
-
-STUDY_FILE = "study.journal"
-SYNC_SECONDS = 10
-"""On an object store the journal is put there at most this often."""
+from ftd_ray.storage import join
 
 EARLIER = "earlier_trial"
 """User attribute of trials that came from an earlier study: their number there."""
@@ -110,7 +103,7 @@ class SweepStudy:
         """
         self._space, self._search, self._seed = tuple(space), search, seed
         self._shares = dict(shares or {})
-        self._journal = _Journal(join(folder, STUDY_FILE))
+        self._journal = Journal(folder)
         per_lived = DIVERGED_PER_LIVED.get(search.sampler)
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -134,6 +127,7 @@ class SweepStudy:
                 "a copy, or give another output.dir."
             ) from error
         self._live: dict[int, Trial] = {}
+        self._over: dict[int, Ended] = {}
         self._earlier = sum(EARLIER in t.user_attrs for t in self._all())
         self._orphans = [t for t in self._own() if t.state is TrialState.RUNNING]
         self._exhausted = False
@@ -361,7 +355,10 @@ class SweepStudy:
         return [t for t in self._all() if EARLIER not in t.user_attrs]
 
     def _ended(self, trial: FrozenTrial) -> Ended:
-        return _ended(trial, self._earlier, self._objectives)
+        """Nothing changes any more in a trial that is over, and many ask for all of them."""
+        if trial.number not in self._over:
+            self._over[trial.number] = _ended(trial, self._earlier, self._objectives)
+        return self._over[trial.number]
 
     def remember(self, key: str, value: Any) -> None:
         """Keeps a JSON value with the study."""
@@ -369,12 +366,16 @@ class SweepStudy:
         self._journal.sync()
 
     def recall(self, key: str) -> Any:
-        return self.study.user_attrs.get(key)
+        return self._remembered().get(key)
 
     def recall_all(self, prefix: str) -> dict[str, Any]:
         """What was remembered under keys that begin so, by the rest of the key."""
-        kept = self.study.user_attrs.items()
+        kept = self._remembered().items()
         return {k.removeprefix(prefix): v for k, v in kept if k.startswith(prefix)}
+
+    def _remembered(self) -> dict[str, Any]:
+        """Without the copy of all of it that ``study.user_attrs`` makes."""
+        return self._storage.get_study_user_attrs(self._id)
 
     def sync(self, *, force: bool = False) -> None:
         """Puts the journal where it belongs, at once or if that was not done lately.
@@ -390,7 +391,7 @@ class SweepStudy:
 
 def has_begun(folder: str) -> bool:
     """Whether the folder's study is past its beginning, in which it takes in earlier trials."""
-    kept = read_bytes(join(folder, STUDY_FILE))
+    kept = read_journal(folder)
     return kept is not None and b'"begun"' in kept
 
 
@@ -415,13 +416,13 @@ def read_study(folder: str) -> tuple[list[Ended], Any] | None:
 
 def read_begun(folder: str) -> Begun | None:
     """The study of a sweep, from a copy; None without one."""
-    kept = read_bytes(join(folder, STUDY_FILE))
+    kept = read_journal(folder)
     if kept is None:
         return None
     with tempfile.TemporaryDirectory(prefix="ftd-study-") as copy:
         path = os.path.join(copy, STUDY_FILE)
         with open(path, "wb") as f:
-            f.write(kept[: kept.rfind(b"\n") + 1])
+            f.write(kept)
         try:
             storage = JournalStorage(JournalFileBackend(path))
             name = storage.get_all_studies()[0].study_name
@@ -442,42 +443,6 @@ def read_begun(folder: str) -> Begun | None:
     )
 
 
-class _Journal:
-    """Optuna's journal needs a local file with append; for other places it is kept here and put
-    there whole, by this one writer."""
-
-    def __init__(self, uri: str):
-        self._uri = None if is_local(uri) else uri
-        self._synced, self._size = 0.0, -1
-        self._lock = threading.Lock()
-        if self._uri is None:
-            self.path = uri.removeprefix("file://")
-            _drop_torn_line(self.path)
-        else:
-            self.path = os.path.join(tempfile.mkdtemp(prefix="ftd-study-"), STUDY_FILE)
-            if (kept := read_bytes(uri)) is not None:
-                with open(self.path, "wb") as f:
-                    f.write(kept)
-
-    def sync(self, *, force: bool = False) -> None:
-        now = time.monotonic()
-        if self._uri is None or not (force or now - self._synced > SYNC_SECONDS):
-            return
-        with self._lock:
-            size = os.path.getsize(self.path)
-            if size != self._size:
-                with open(self.path, "rb") as f:
-                    write_bytes(self._uri, f.read())
-            self._synced, self._size = now, size
-
-    def close(self) -> None:
-        if self._uri is not None:
-            try:
-                self.sync(force=True)
-            finally:
-                shutil.rmtree(os.path.dirname(self.path), ignore_errors=True)
-
-
 class _WholeLines(JournalFileBackend):
     """An append that fails leaves nothing: onto half a line the next one would be written."""
 
@@ -488,15 +453,6 @@ class _WholeLines(JournalFileBackend):
         except OSError:
             os.truncate(self._file_path, size)
             raise
-
-
-def _drop_torn_line(path: str) -> None:
-    """A full disk or a power cut leaves half a line, onto which the next one would be written."""
-    with contextlib.suppress(FileNotFoundError), open(path, "r+b") as f:
-        content = f.read()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            f.truncate(whole)
 
 
 def _ended(trial: FrozenTrial, offset: int, objectives: Sequence[str]) -> Ended:

@@ -225,11 +225,12 @@ class StoreConfig:
     precision: Literal["float32", "float16", "bfloat16"] = "float32"
     """Of the snapshots on disk: half the bytes for slightly other segments, so another expert set.
     Training always goes on in float32."""
-    cache_mb: int = 1024
-    """Segments that a node keeps in memory for its trials, at most half of Ray's object store."""
+    cache_mb: int | None = None
+    """Segments that a node keeps in memory for its trials, at most half of Ray's object store.
+    None for all that the plan says trials will read."""
 
     def __post_init__(self) -> None:
-        if self.cache_mb < 1:
+        if self.cache_mb is not None and self.cache_mb < 1:
             raise UserError(f"store.cache_mb={self.cache_mb} must be at least 1.")
 
 

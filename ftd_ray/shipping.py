@@ -5,8 +5,10 @@ start at once cause one transfer; they map it without a copy each.
 """
 
 import asyncio
+import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -64,31 +66,30 @@ class DataServer(Lingering):
 
 @dataclass(frozen=True)
 class Shipment:
-    """A data set that a node may send for (``ftd.data.Sender``). Pickles to plain data."""
+    """A data set that a node may send for (``ftd.data.Sender``). Pickles to a few hundred bytes.
+
+    It travels with every trial, so what grows with the data set, labels too, is fetched by each
+    process once.
+    """
 
     config: DatasetConfig
     fingerprint: str
     node: str
     name: str = field(compare=False, repr=False)
     """Of the data server, as the driver calls it: nodes may have other code."""
-    facts: dict[str, Any] = field(compare=False, repr=False)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What ``open_arrays`` returned where the files are."""
+        return _fetched_facts(self.name)
 
     def fill(self, what: str, out: np.ndarray) -> None:
         """Fetches an array, some chunks ahead."""
         rows = max(1, CHUNK_BYTES // max(1, out[:1].nbytes))
-        try:
-            server = ray.get_actor(self.name, namespace=NAMESPACE)
-        except ValueError as error:
-            raise _not_arrived(error) from error
-        try:
+        with _said():
+            server = _standing_server(self.name)
             for start, chunk in _ahead(server, what, len(out), rows):
                 out[start : start + len(chunk)] = chunk
-        except RayTaskError as error:
-            if isinstance(error.cause, UserError):
-                raise error.cause from None
-            raise _not_arrived(error.cause) from error
-        except RayError as error:
-            raise _not_arrived(error) from error
 
     def keep(self) -> None:
         """Says that the data set is still wanted, and opens it again if its process died."""
@@ -104,11 +105,38 @@ def ship(config: DatasetConfig) -> Shipment:
     node = ray.get_runtime_context().get_node_id()
     fingerprint = describe(config).fingerprint
     name = actor_name("data", config, fingerprint, node=node)
-    shipment = Shipment(config, fingerprint, node, name, {})
+    shipment = Shipment(config, fingerprint, node, name)
     try:
-        return replace(shipment, facts=ray.get(shipment.server().open.remote()))
+        ray.get(shipment.server().open.remote())
     except RayTaskError as error:
         raise error.cause if isinstance(error.cause, UserError) else error from None
+    return shipment
+
+
+@lru_cache(maxsize=2)
+def _fetched_facts(server: str) -> dict[str, Any]:
+    with _said():
+        return ray.get(_standing_server(server).open.remote())
+
+
+def _standing_server(name: str) -> Any:
+    try:
+        return ray.get_actor(name, namespace=NAMESPACE)
+    except ValueError as error:
+        raise _not_arrived(error) from error
+
+
+@contextlib.contextmanager
+def _said() -> Iterator[None]:
+    """Errors of a data server in the user's words."""
+    try:
+        yield
+    except RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            raise error.cause from None
+        raise _not_arrived(error.cause) from error
+    except RayError as error:
+        raise _not_arrived(error) from error
 
 
 def _not_arrived(error: object) -> UserError:

@@ -9,7 +9,9 @@ import errno
 import os
 import re
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import PurePath
+from typing import Any
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
 
 import pyarrow as pa
@@ -54,6 +56,12 @@ PROBE_S3_RETRIES = 3
 
 PROBE_GCS_SECONDS = 5
 
+CLIENTS = 16
+"""Clients of object stores that a process keeps."""
+
+CLIENTS_READ = ("AWS_", "GOOGLE_", "CLOUDSDK_")
+"""Begin the variables of the environment that clients look at."""
+
 
 class PlaceError(UserError):
     """A store or a folder is out of reach: full, forbidden, or its server is down."""
@@ -62,7 +70,8 @@ class PlaceError(UserError):
 def open_uri(uri: str, *, patient: bool = True) -> tuple[pafs.FileSystem, str]:
     """The filesystem and the path that ``uri`` names: a path, file://, s3:// or gs://.
 
-    A ``patient`` filesystem tries again for about a minute where the server fails.
+    A ``patient`` filesystem tries again for about a minute where the server fails. Filesystems of
+    object stores are the same one again and again: a process keeps its clients.
     """
     if is_local(uri):
         return pafs.LocalFileSystem(), os.path.abspath(uri.removeprefix("file://"))
@@ -81,7 +90,6 @@ def _open_s3(uri: str, patient: bool) -> tuple[pafs.FileSystem, str]:
     """``FileSystem.from_uri`` knows no retries and no timeouts, so its options are read here."""
     parsed = urlsplit(uri, allow_fragments=False)
     user, _, bucket = parsed.netloc.rpartition("@")
-    access_key, _, secret_key = user.partition(":")
     options = dict(parse_qsl(parsed.query, keep_blank_values=True))
     unknown = set(options) - {"region", "scheme", "endpoint_override"}
     if unknown or not bucket:
@@ -90,20 +98,28 @@ def _open_s3(uri: str, patient: bool) -> tuple[pafs.FileSystem, str]:
     if endpoint and "endpoint_override" not in options:
         scheme, _, host = endpoint.rstrip("/").rpartition("://")
         options |= {"endpoint_override": host, "scheme": scheme or "https"}
+    attempts = S3_RETRIES if patient else PROBE_S3_RETRIES
+    given = tuple(sorted(options.items()))
+    filesystem = _client(_s3_client, bucket, user, given, attempts, S3_SILENCE)
+    return filesystem, f"{bucket}{unquote(parsed.path)}"
+
+
+def _s3_client(
+    bucket: str, user: str, given: tuple[tuple[str, str], ...], attempts: int, silence: float
+) -> pafs.FileSystem:
+    access_key, _, secret_key = user.partition(":")
+    options = dict(given)
     named = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
     if not named and not {"region", "endpoint_override"} & set(options):
         options["region"] = pafs.resolve_s3_region(bucket)
-    filesystem = pafs.S3FileSystem(
+    return pafs.S3FileSystem(
         access_key=unquote(access_key) or None,
         secret_key=unquote(secret_key) or None,
-        retry_strategy=pafs.AwsDefaultS3RetryStrategy(
-            max_attempts=S3_RETRIES if patient else PROBE_S3_RETRIES
-        ),
+        retry_strategy=pafs.AwsDefaultS3RetryStrategy(max_attempts=attempts),
         connect_timeout=S3_CONNECT,
-        request_timeout=S3_SILENCE,
+        request_timeout=silence,
         **options,
     )
-    return filesystem, f"{bucket}{unquote(parsed.path)}"
 
 
 def _open_gcs(uri: str, patient: bool) -> tuple[pafs.FileSystem, str]:
@@ -117,9 +133,32 @@ def _open_gcs(uri: str, patient: bool) -> tuple[pafs.FileSystem, str]:
         scheme, _, host = emulator.rstrip("/").rpartition("://")
         options |= {"endpoint_override": host, "scheme": scheme or "http"}
         bucket = f"anonymous@{bucket.rpartition('@')[2]}"
-    return pafs.FileSystem.from_uri(
-        urlunsplit((parsed.scheme, bucket, parsed.path, urlencode(options), ""))
-    )
+    root = urlunsplit((parsed.scheme, bucket, "", urlencode(options), ""))
+    return _client(_gcs_client, root), f"{bucket.rpartition('@')[2]}{unquote(parsed.path)}"
+
+
+def _gcs_client(root: str) -> pafs.FileSystem:
+    return pafs.FileSystem.from_uri(root)[0]
+
+
+def _client(make: Callable[..., pafs.FileSystem], *what: Any) -> pafs.FileSystem:
+    """The client of this process that ``make`` makes of ``what``; its threads share it.
+
+    A new one would open connections anew for every file. Not over a fork, which takes a client's
+    threads away, and not where the environment says something else now.
+    """
+    environment = {k: v for k, v in os.environ.items() if k.startswith(CLIENTS_READ)}
+    return _kept_client(make, what, os.getpid(), tuple(sorted(environment.items())))
+
+
+@lru_cache(maxsize=CLIENTS)
+def _kept_client(
+    make: Callable[..., pafs.FileSystem],
+    what: tuple[Any, ...],
+    process: int,
+    environment: tuple[tuple[str, str], ...],
+) -> pafs.FileSystem:
+    return make(*what)
 
 
 def _open_other(uri: str, patient: bool) -> tuple[pafs.FileSystem, str]:
@@ -230,10 +269,15 @@ def _without_secrets(uri: str) -> str:
 def read_bytes(uri: str) -> bytes | None:
     """The content of a file, or None when there is no such file."""
     filesystem, path = open_uri(uri)
-    if filesystem.get_file_info(path).type != pafs.FileType.File:
+    try:
+        with filesystem.open_input_stream(path) as stream:
+            return stream.read()
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    with filesystem.open_input_stream(path) as stream:
-        return stream.read()
+    except OSError:
+        if filesystem.get_file_info(path).type == pafs.FileType.File:
+            raise
+        return None  # a folder
 
 
 def write_bytes(uri: str, data: bytes) -> None:
@@ -255,7 +299,7 @@ def files_below(uri: str) -> list[str]:
 def remove_file(uri: str) -> None:
     """Removes a file, if it is there."""
     filesystem, path = open_uri(uri)
-    if filesystem.get_file_info(path).type == pafs.FileType.File:
+    with contextlib.suppress(FileNotFoundError):
         filesystem.delete_file(path)
 
 

@@ -4,20 +4,20 @@ import time
 
 
 class Worked:
-    """Collects intervals that may overlap."""
+    """Collects intervals that may overlap, and keeps those that do as one."""
 
     def __init__(self) -> None:
         self._spans: list[tuple[float, float]] = []
+        """In order, with gaps between them."""
 
     def just_now(self, seconds: float) -> None:
         """Something that took so long has ended now."""
         now = time.monotonic()
-        self._spans.append((now - seconds, now))
+        start = now - seconds
+        while self._spans and self._spans[-1][1] >= start:
+            start = min(start, self._spans.pop()[0])
+        self._spans.append((start, now))
 
     def covered(self) -> float:
         """Seconds in which at least one of them was under way."""
-        total, until = 0.0, float("-inf")
-        for start, end in sorted(self._spans):
-            total += max(0.0, end - max(start, until))
-            until = max(until, end)
-        return total
+        return sum(end - start for start, end in self._spans)

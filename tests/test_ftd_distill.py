@@ -328,7 +328,7 @@ def comes(look: Callable[[], bool], seconds: float = 10) -> bool:
     return look()
 
 
-def test_the_next_segment_is_asked_for_while_a_step_computes_and_none_beyond_the_last(
+def test_the_next_segments_are_asked_for_while_a_step_computes_and_none_beyond_the_last(
     digits: Dataset,
     trajectories: InMemory,
     while_computing: Callable[[Callable[[], None]], None],
@@ -337,7 +337,7 @@ def test_the_next_segment_is_asked_for_while_a_step_computes_and_none_beyond_the
 
     def compute() -> None:
         computed.append(1)
-        ahead = min(len(computed) + 1, SMALL.iterations)
+        ahead = min(len(computed) + distill_module.SEGMENTS_AHEAD, SMALL.iterations)
         assert comes(lambda: len(slow.asked) >= ahead)
         time.sleep(0.02)
         assert len(slow.asked) == ahead
@@ -387,10 +387,9 @@ def test_a_segment_that_cannot_be_read_stops_the_step_that_needs_it(
     slow = Slow(trajectories, fails_at=3)
     steps = distill(SMALL, digits, slow, NETWORK, epochs=EPOCHS, seed=0)
     assert [next(steps)[1].step for _ in range(2)] == [1, 2]
-    assert comes(lambda: len(slow.asked) == 3)
+    assert comes(lambda: len(slow.asked) >= 3)
     with pytest.raises(OSError, match="the disk is gone"):
         next(steps)
-    assert len(slow.asked) == 3
     assert readers() == []
 
 
@@ -432,6 +431,28 @@ def test_a_store_that_is_quicker_than_a_step_costs_no_waiting(
     waited = [r.waited for _, r in run(digits, Slow(trajectories, 0.06), config)]
     assert waited[0] > 0
     assert sorted(waited[1:])[len(waited) // 2] < 0.01
+
+
+def test_places_that_take_several_askers_are_asked_for_several_segments_at_a_time(
+    digits: Dataset, trajectories: InMemory
+) -> None:
+    class Wide(Slow):
+        at_once = 3
+        now = most = 0
+
+        def segment(self, *segment: int) -> tuple[np.ndarray, np.ndarray]:
+            self.now += 1
+            self.most = max(self.most, self.now)
+            try:
+                return super().segment(*segment)
+            finally:
+                self.now -= 1
+
+    wide = Wide(trajectories, 0.1)
+    config = replace(SMALL, iterations=8)
+    assert_same(run(digits, wide, config)[-1][0], run(digits, trajectories, config)[-1][0])
+    assert wide.most == 3
+    assert sorted(wide.asked) == sorted(trajectories.asked[-8:])
 
 
 # --- where it starts ------------------------------------------------------------------------

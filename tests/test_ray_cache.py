@@ -453,6 +453,17 @@ def test_object_store_is_read_in_one_pass(caches, s3, workers):
     assert answers == [digest(there.direct().segment(*s)) for s in segments] * 2
 
 
+def test_requests_for_some_experts_do_not_grow_with_the_others_of_their_set(caches, s3):
+    asked = []
+    for count in (4, 16):
+        there = Store(f"s3://buffers/of-{count}", count, 2, size=10)
+        s3.reset_counts()
+        for expert in range(4):
+            there.reader().segment(expert, 0, 1)
+        asked.append(s3.requests)
+    assert asked[0] == asked[1]
+
+
 def test_every_node_has_a_cache_of_its_own(store):
     there = store()
     nodes = [n["NodeID"] for n in ray.nodes()]

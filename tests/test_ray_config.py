@@ -60,6 +60,25 @@ def test_digits_sweep_plans_three_expert_sets(tmp_path):
     assert [s.present for s in plan.sets] == [0, 0, 0]
 
 
+def test_cache_of_a_node_holds_all_that_trials_read_unless_it_is_told_otherwise(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    tree = tiny(
+        experts__epochs=8,
+        experts__count=3,
+        distill__max_start_epoch={"choice": [2, 5]},
+        distill__expert_epochs={"choice": [1, 2]},
+    )
+    plan = make_plan(parse_config(tree))
+    parameters = plan.sets[0].parameters
+    assert plan.hot_bytes == plan.cache_bytes == 2 * 3 * 7 * parameters * 4  # epochs 0 to 6
+    told = make_plan(parse_config(tree | {"store": {"cache_mb": 3}}))
+    assert (told.hot_bytes, told.cache_bytes) == (plan.hot_bytes, 3 * 2**20)
+    (line,) = (x for x in told.text([]).splitlines() if x.startswith("segments"))
+    assert size_text(plan.hot_bytes) in line and size_text(3 * 2**20) in line
+
+
 # --- the space ------------------------------------------------------------------------------
 
 

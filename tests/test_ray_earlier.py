@@ -13,8 +13,9 @@ from ftd.data import describe
 from ftd.errors import UserError
 from ftd_ray.config import SweepConfig
 from ftd_ray.earlier import Earlier, read_earlier
+from ftd_ray.journal import STUDY_FILE
 from ftd_ray.plan import make_plan
-from ftd_ray.search import STUDY_FILE, SweepStudy, has_begun, read_study
+from ftd_ray.search import SweepStudy, has_begun, read_study
 
 
 def open_study(config: SweepConfig, **more: Any) -> SweepStudy:

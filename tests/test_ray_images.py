@@ -25,9 +25,10 @@ from ftd.data.unreadable import Unreadable
 from ftd.errors import UserError
 from ftd_ray.config import load_config
 from ftd_ray.dataplan import data_lines
+from ftd_ray.journal import STUDY_FILE
 from ftd_ray.mended import other_images
 from ftd_ray.reading import reading
-from ftd_ray.search import STUDY_FILE, SweepStudy, read_begun
+from ftd_ray.search import SweepStudy, read_begun
 from ftd_ray.sweep import main
 
 

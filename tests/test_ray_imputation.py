@@ -16,7 +16,8 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from ftd_ray.config import SearchConfig
 from ftd_ray.imputation import DIVERGED, impute
-from ftd_ray.search import STUDY_FILE, Ended, Suggestion, SweepStudy, read_study
+from ftd_ray.journal import STUDY_FILE
+from ftd_ray.search import Ended, Suggestion, SweepStudy, read_study
 from ftd_ray.space import Dimension, parse_dimension
 
 RHO = parse_dimension("experts.rho", {"choice": [0.0, 0.01, 0.02, 0.05]})

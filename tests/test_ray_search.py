@@ -18,8 +18,9 @@ from ftd.distill import DistillConfig
 from ftd.errors import UserError
 from ftd_ray.bridge import Course, StudySearcher, _own_error
 from ftd_ray.config import SearchConfig
+from ftd_ray.journal import STUDY_FILE
 from ftd_ray.presets import StartPoint
-from ftd_ray.search import EARLIER, STUDY_FILE, Ended, Suggestion, SweepStudy
+from ftd_ray.search import EARLIER, Ended, Suggestion, SweepStudy
 from ftd_ray.space import Dimension, in_order, parse_dimension, points
 
 SPACE = (

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import os
+import pickle
 import shutil
 import signal
 from collections.abc import Iterator
@@ -272,6 +273,20 @@ def test_data_that_changed_in_between_are_not_sent_for_those_that_were_shipped(f
     shipment.keep()
     with pytest.raises(UserError, match="changed while they were in use"):
         ray.get(far[0].digest.remote(images, shipment), timeout=BOUND)
+
+
+def test_shipment_does_not_grow_with_the_data_set_and_each_process_asks_for_labels_once(
+    far, images, tmp_path
+):
+    few = ship(images)
+    make_images(Path(images.root or ""), per_class=60, seed=79)
+    many = ship(images)
+    assert len(pickle.dumps(many)) == len(pickle.dumps(few)) < 2000
+    assert len(many.facts["labels"]) > len(few.facts["labels"])
+    ray.get(far[0].digest.remote(images, many), timeout=BOUND)
+    ray.kill(many.server())
+    assert many.facts is many.facts
+    assert ray.get(far[0].digest.remote(images, many), timeout=BOUND) == digest(images)
 
 
 # --- who dies -------------------------------------------------------------------------------

@@ -23,7 +23,8 @@ from ray_helpers import (
 )
 from s3_helpers import FaultProxy, S3Server, free_port, s3_environment
 
-from ftd_ray.search import STUDY_FILE, read_study
+from ftd_ray.journal import read_journal
+from ftd_ray.search import read_study
 from ftd_ray.storage import read_bytes
 from ftd_ray.ui import serving
 
@@ -50,7 +51,7 @@ class Lab:
 
     def reports_kept(self) -> int:
         """In the study, as S3 has it now."""
-        kept = read_bytes(f"{self.runs}/{STUDY_FILE}") or b""
+        kept = read_journal(self.runs) or b""
         return kept.count(b'"intermediate_value"')
 
     def statuses(self) -> list[tuple[str, str]]:

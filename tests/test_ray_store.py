@@ -15,7 +15,8 @@ from ftd.errors import UserError
 from ftd.expert import Snapshot
 from ftd.trajectory import DamagedError
 from ftd_ray.config import SearchConfig
-from ftd_ray.search import STUDY_FILE, SweepStudy
+from ftd_ray.journal import STUDY_FILE
+from ftd_ray.search import SweepStudy
 from ftd_ray.space import parse_dimension
 from ftd_ray.storage import (
     is_local,

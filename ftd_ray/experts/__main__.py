@@ -40,7 +40,7 @@ def _main(args: argparse.Namespace, console: Console) -> int:
     address = ray_address(args.address)
     config = load_config(args.file, args.overrides)
     with reachable(config), reading(console) as progress:
-        plan = make_plan(config, progress)
+        plan = make_plan(config, progress, read=True)
     probe(config.store.uri, "store.uri")
     tracker = open_tracker(config, dry_run=args.dry_run)
     missing = []

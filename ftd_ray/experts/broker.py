@@ -14,6 +14,7 @@ import uuid
 from collections import defaultdict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import ray
@@ -47,6 +48,7 @@ from ftd_ray.node_faults import NodeFault
 from ftd_ray.nodes import Health
 from ftd_ray.storage import PlaceError, place_error
 from ftd_ray.store import TrajectoryStore
+from ftd_ray.store.published import PublishedExperts
 
 SILENT_SECONDS = 300
 """What is only wanted by askers that were not heard of for so long is dropped, until they are."""
@@ -110,6 +112,26 @@ class _Wanted:
         self.present |= {i for i in range(self.count) if published.get(i, -1) >= self.epochs}
 
 
+@dataclass(frozen=True)
+class _Told:
+    """What an asker has heard of a set."""
+
+    present: frozenset[int] = frozenset()
+    built: dict[int, float] = field(default_factory=dict)
+    points: int = 0
+    """Of its experts' curves."""
+    now: tuple[Any, ...] = ()
+    """All that does not grow."""
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """All that an asker has heard."""
+
+    sets: dict[str, _Told] = field(default_factory=dict)
+    notes: int = 0
+
+
 @dataclass
 class _Asker:
     heard: float
@@ -119,6 +141,9 @@ class _Asker:
     notes: list[str] = field(default_factory=list)
     speaks: asyncio.Event = field(default_factory=asyncio.Event)
     """Cleared while it is silent."""
+    answers: dict[int, _Answer] = field(default_factory=dict)
+    """By number: the one that it named last, and the last one."""
+    answered: int = 0
 
 
 def _chain(job: _Job | None) -> Iterator[_Job]:
@@ -135,6 +160,7 @@ class Broker(Lingering):
 
     def __init__(self, store_uri: str, schema: int, version: str) -> None:
         self._store = TrajectoryStore(store_uri)
+        self._published_experts = PublishedExperts(self._store)
         self._id = uuid.uuid4().hex
         self._askers: dict[str, _Asker] = {}
         self._jobs: dict[tuple[str, int], _Job] = {}
@@ -143,9 +169,10 @@ class Broker(Lingering):
         self._needs: dict[str, asyncio.Task[list[int]]] = {}
         self._diverged: dict[tuple[str, int], tuple[int, str]] = {}
         """(set, expert) -> epochs that it did not reach, and why."""
-        self._curves: dict[str, dict[int, dict[int, float]]] = defaultdict(
-            lambda: defaultdict(dict)
-        )
+        self._points: dict[str, list[tuple[int, int, float]]] = defaultdict(list)
+        """Set -> (expert, epoch, validation accuracy), in the order in which they came."""
+        self._epochs: dict[str, dict[int, int]] = defaultdict(dict)
+        """Set -> expert -> its last epoch of them."""
         self._ticks: deque[tuple[float, str]] = deque()
         """(when, node) of the epochs of the last minute."""
         self._mending: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
@@ -208,19 +235,39 @@ class Broker(Lingering):
             self._drop(order.asker, turn)
             raise
 
-    async def status(self, asker: str) -> FleetStatus:
-        """What came of an asker's orders so far; asking says that it is still there."""
+    async def status(self, asker: str, since: tuple[str, int] = ("", 0)) -> FleetStatus:
+        """What came of an asker's orders so far; asking says that it is still there.
+
+        ``since`` is the mark of an answer that it has: then what it has heard is not told again.
+        """
         me = self._heard(asker)
-        sets = {k: self._set_status(k, w, asker) for k, w in me.sets.items() if not w.expected}
-        fleets = self._fleets.values()
-        starting = sum(w.node is None for f in fleets for w in f.workers)
+        broker, number = since
+        told = me.answers.get(number) if broker == self._id else None
+        before = told or _Answer()
+        under_way: dict[str, dict[int, _Job]] = defaultdict(dict)
+        for (key, index), job in self._jobs.items():
+            if not job.task.done():
+                under_way[key][index] = job
+        sets, heard = {}, {}
+        for key, wanted in me.sets.items():
+            if not wanted.expected:
+                known = before.sets.get(key, _Told())
+                sets[key], heard[key] = self._set_status(key, wanted, asker, under_way[key], known)
+        if told is not None:
+            sets = {k: s for k, s in sets.items() if heard[k] != told.sets.get(k)}
+        me.answered += 1
+        kept = {} if told is None else {number: told}
+        me.answers = {**kept, me.answered: _Answer(heard, len(me.notes))}
+        starting = sum(w.node is None for f in self._fleets.values() for w in f.workers)
         starting += sum(not task.done() for task in self._needs.values())
         return FleetStatus(
             sets=sets,
             nodes=self._nodes(),
             starting=starting,
-            notes=tuple(me.notes),
+            notes=tuple(me.notes[before.notes :]),
             left_out=dict(self._health.left_out),
+            mark=(self._id, me.answered),
+            whole=told is None,
         )
 
     async def leave_out(self, nodes: dict[str, str]) -> None:
@@ -242,7 +289,8 @@ class Broker(Lingering):
 
     async def epoch_done(self, key: str, index: int, epoch: int, val_accuracy: float) -> None:
         """An expert actor finished an epoch."""
-        self._curves[key][index][epoch] = val_accuracy
+        self._points[key].append((index, epoch, val_accuracy))
+        self._epochs[key][index] = max(epoch, self._epochs[key].get(index, 0))
         for job in _chain(self._jobs.get((key, index))):
             if job.build is None:
                 continue
@@ -266,8 +314,13 @@ class Broker(Lingering):
             before = None
         job = _Job(order.epochs, left, rank, {turn: order.asker}, before)
         job.task = asyncio.create_task(self._build(order, index, job))
+        job.task.add_done_callback(lambda _: self._over(order.key, index, job))
         self._jobs[order.key, index] = job
         return job
+
+    def _over(self, key: str, index: int, job: _Job) -> None:
+        if self._jobs.get((key, index)) is job:
+            del self._jobs[key, index]
 
     async def _build(self, order: ExpertOrder, index: int, job: _Job) -> None:
         if job.before is not None:
@@ -312,6 +365,7 @@ class Broker(Lingering):
                     raise cause from None
                 else:
                     raise
+        self._published_experts.built(order.key, index, job.epochs)
         payer = next(iter(job.askers.values()), None)
         for asker in set(job.askers.values()) & self._askers.keys():
             wanted = self._askers[asker].sets[order.key]
@@ -392,25 +446,30 @@ class Broker(Lingering):
     # --- the store --------------------------------------------------------------------------
 
     async def _published(self, order: ExpertOrder) -> dict[int, int]:
-        """Expert -> its last published epoch."""
+        """Expert -> its last published epoch, from memory where that is all that is wanted.
 
-        def look() -> dict[int, int]:
-            experts = self._store.expert_set(order.identity)
-            manifests = {i: experts.manifest(i) for i in experts.experts()}
-            return {i: m.epochs for i, m in manifests.items() if m is not None}
-
+        Whoever fills a store has every manifest read; trials read those of their experts anyway.
+        """
+        look = partial(
+            self._published_experts.epochs,
+            order.identity,
+            order.count,
+            order.epochs,
+            read=order.urgency is Urgency.FILL,
+        )
         try:
             try:
-                return await asyncio.to_thread(look)
+                return await look()
             except DamagedError:
                 await self._mend(order)
-                return await asyncio.to_thread(look)
+                return await look()
         except OSError as error:
             raise place_error(self._store.uri, "the store", error, verb="read") from error
 
     async def _mend(self, order: ExpertOrder) -> list[int]:
         async with self._mending[order.key]:
             found = await asyncio.to_thread(self._quarantine_damaged, order)
+            self._published_experts.forget(order.key)  # or something of it was missed
         for index, reason in found.items():
             self._note(order, index, reason)
         return list(found)
@@ -428,7 +487,7 @@ class Broker(Lingering):
 
     def _note(self, order: ExpertOrder, index: int, reason: str) -> None:
         text = f"expert {index} of set {order.key} was damaged and is trained again: {reason}"
-        self._curves[order.key].pop(index, None)
+        self._epochs[order.key].pop(index, None)
         for name, asker in self._askers.items():
             if order.key in asker.sets:
                 asker.sets[order.key].present.discard(index)
@@ -437,31 +496,42 @@ class Broker(Lingering):
 
     # --- what is told -----------------------------------------------------------------------
 
-    def _set_status(self, key: str, wanted: _Wanted, asker: str) -> SetStatus:
+    def _set_status(
+        self, key: str, wanted: _Wanted, asker: str, under_way: dict[int, _Job], told: _Told
+    ) -> tuple[SetStatus, _Told]:
+        """A set with what is new since it was told, and what has been told with that."""
         running, ours, left = {}, set(), 0
-        for i in range(wanted.count):
-            job = self._jobs.get((key, i))
-            if i in wanted.present or job is None or job.task.done():
+        for i, job in under_way.items():
+            if i in wanted.present or i >= wanted.count:
                 continue
-            epoch = max(self._curves[key][i], default=0)
+            epoch = self._epochs[key].get(i, 0)
             left += max(0, wanted.epochs - epoch)
             job = job.before or job
             if job.build is not None and job.build.node:
                 running[i] = epoch
             if next(iter(job.askers.values()), None) == asker:
                 ours.add(i)
-        return SetStatus(
+        points = self._points[key]
+        curves: dict[int, dict[int, float]] = {}
+        for i, epoch, accuracy in points[told.points :]:
+            curves.setdefault(i, {})[epoch] = accuracy
+        status = SetStatus(
             needed=wanted.count,
             epochs=wanted.epochs,
-            present=frozenset(wanted.present),
-            built=dict(wanted.built),
+            present=frozenset(wanted.present - told.present),
+            built={i: n for i, n in wanted.built.items() if told.built.get(i) != n},
             running=running,
             ours=frozenset(ours),
             epochs_left=left,
-            curves={i: dict(c) for i, c in self._curves[key].items()},
+            curves=curves,
             broker=self._id,
             gpus=wanted.gpus,
+            gone=told.present - wanted.present,
         )
+        now = (status.needed, status.epochs, running, status.ours, left, status.gpus)
+        present = told.present if told.present == wanted.present else frozenset(wanted.present)
+        built = told.built if not status.built else dict(wanted.built)
+        return status, _Told(present, built, len(points), now)
 
     def _nodes(self) -> dict[str, NodeStatus]:
         now = time.monotonic()

@@ -88,7 +88,7 @@ class BrokerClient:
             if time.monotonic() - self._polled < POLL_SECONDS:
                 return False
             self._polled = time.monotonic()
-            self._pending = self.broker.status.remote(self._asker)
+            self._pending = self.broker.status.remote(self._asker, self.status.mark)
         ready, _ = ray.wait([self._pending], timeout=0)
         if not ready:
             return False
@@ -100,7 +100,8 @@ class BrokerClient:
 
     def look(self) -> FleetStatus:
         """Asks now, and waits for the answer."""
-        self._take(ray.get(self.broker.status.remote(self._asker)))
+        self._pending = None  # it would be older than this one
+        self._take(ray.get(self.broker.status.remote(self._asker, self.status.mark)))
         return self.status
 
     def end(self) -> None:
@@ -129,10 +130,16 @@ class BrokerClient:
         """
         known, merged = self.status.sets, {}
         for key, s in status.sets.items():
-            if before := known.get(key):
+            before = known.get(key)
+            if before and before.broker == s.broker and not status.whole:
+                s = s.after(before)
+            elif before:
                 since = before.ours & s.present if before.broker != s.broker else ()
                 built = dict.fromkeys(since, 0.0) | before.built | s.built
                 s = replace(s, built=built, gpus=s.gpus or before.gpus)
             merged[key] = s
-        self._notes_told = min(self._notes_told, len(status.notes))
+        if status.whole:
+            self._notes_told = min(self._notes_told, len(status.notes))
+        else:
+            status = replace(status, notes=self.status.notes + status.notes)
         self.status = replace(status, sets=known | merged)

@@ -1,6 +1,6 @@
 """What drivers and the broker tell each other: orders one way, the fleet's status the other."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any
 
@@ -51,7 +51,12 @@ class ExpertOrder:
 
 @dataclass(kw_only=True)
 class SetStatus:
-    """One expert set, as one asker sees it."""
+    """One expert set, as one asker sees it.
+
+    What grows with what is done (``present``, ``built``, ``curves``) is told once: where an answer
+    goes on from another (``FleetStatus.whole``), there is only what is new in it, and ``after``
+    puts the two together.
+    """
 
     needed: int
     epochs: int
@@ -70,6 +75,21 @@ class SetStatus:
     """The process that says so; another one knows nothing of what the one before has built."""
     gpus: float = 0.0
     """The share of a GPU with which the last of them was built."""
+    gone: frozenset[int] = frozenset()
+    """Experts that were told as present and are not any more."""
+
+    def after(self, before: "SetStatus") -> "SetStatus":
+        """All that is known when this is heard after ``before``, whose curves go on in place."""
+        for expert, curve in self.curves.items():
+            before.curves.setdefault(expert, {}).update(curve)
+        return replace(
+            self,
+            present=before.present - self.gone | self.present,
+            built=before.built | self.built,
+            curves=before.curves,
+            gpus=self.gpus or before.gpus,
+            gone=frozenset(),
+        )
 
     def final_accuracies(self) -> list[float]:
         """Validation accuracy of each trained expert at the end of its trajectory so far."""
@@ -97,6 +117,10 @@ class FleetStatus:
     """What a user should know, such as experts that were found damaged."""
     left_out: dict[str, str] = field(default_factory=dict)
     """Nodes that failed again and again, by their id, and why: they get no more work."""
+    mark: tuple[str, int] = ("", 0)
+    """(broker, number) of this answer: who names it, hears what is new since then."""
+    whole: bool = True
+    """Whether this is all; else ``sets`` and ``notes`` go on from the answer that was named."""
 
     @property
     def epochs_per_second(self) -> float:
