@@ -298,12 +298,14 @@ def assert_all_go(cluster: Autoscaling) -> None:
 def test_filling_brings_nodes_uses_all_that_come_and_lets_them_go(growing, tmp_path):
     assert workers_alive() == set()
     long = {"count": 9, "epochs": 60, "batch_size": 8, "rho": 0.01}
-    write_sweep(tmp_path, tiny(**{f"experts__{k}": v for k, v in long.items()}))
+    changes: dict[str, Any] = {f"experts__{k}": v for k, v in long.items()}
+    write_sweep(tmp_path, tiny(**changes, resources__max_experts_at_once=3))
     ran, came, worked = watch_to_the_end(growing, tmp_path, module="ftd_ray.experts")
     assert ran.code == 0, ran.out + ran.err
     assert "The autoscaler may start 3 cpu_worker and 2 gpu_worker. It is asked for" in ran.out
     assert "9 experts built, 0 were there" in ran.out
-    assert len(came) > 1
+    assert "at most 3 at a time" in ran.out
+    assert len(came) == 3
     assert worked == came
     assert_all_go(growing)
 
