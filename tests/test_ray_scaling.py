@@ -26,6 +26,7 @@ from ftd_ray.autoscaler import (
     Autoscaler,
     NodeType,
     find_autoscaler,
+    last_failure,
     look,
     read_file,
     read_status,
@@ -136,6 +137,18 @@ def test_autoscaler_is_found_by_the_options_of_its_process(monitor, tmp_path, mo
     assert look(f"10.0.0.1:{a}") == read_file(FILE)
     assert look(f"10.0.0.1:{b}") == Autoscaler()
     assert look(f"10.0.0.1:{c}") is look(f"10.0.0.1:{d}") is None
+
+
+def test_what_the_cloud_answered_last_is_found_in_its_log(monitor, tmp_path):
+    port = free_port()
+    line = "INFO node_provider.py:491 -- Failed to launch {} nodes of type gpu: {}\n"
+    logged = line.format(2, "no quota") + "INFO other\n" + line.format(1, "sold out") + "INFO x\n"
+    (tmp_path / "monitor.log").write_text(logged)
+    options = (f"--gcs-address=head:{port}", "--autoscaling-config=x", f"--logs-dir={tmp_path}")
+    assert last_failure(f"head:{port}") == ""
+    monitor(*options)
+    found = wait_until("the process", lambda: last_failure(f"head:{port}"))
+    assert found == "1 nodes of type gpu: sold out"
 
 
 @pytest.mark.parametrize(
@@ -298,12 +311,14 @@ def assert_all_go(cluster: Autoscaling) -> None:
 def test_filling_brings_nodes_uses_all_that_come_and_lets_them_go(growing, tmp_path):
     assert workers_alive() == set()
     long = {"count": 9, "epochs": 60, "batch_size": 8, "rho": 0.01}
-    write_sweep(tmp_path, tiny(**{f"experts__{k}": v for k, v in long.items()}))
+    changes: dict[str, Any] = {f"experts__{k}": v for k, v in long.items()}
+    write_sweep(tmp_path, tiny(**changes, resources__max_experts_at_once=3))
     ran, came, worked = watch_to_the_end(growing, tmp_path, module="ftd_ray.experts")
     assert ran.code == 0, ran.out + ran.err
     assert "The autoscaler may start 3 cpu_worker and 2 gpu_worker. It is asked for" in ran.out
     assert "9 experts built, 0 were there" in ran.out
-    assert len(came) > 1
+    assert "at most 3 at a time" in ran.out
+    assert len(came) == 3
     assert worked == came
     assert_all_go(growing)
 
@@ -400,9 +415,10 @@ def test_why_no_node_comes_is_told_by_the_autoscaler_itself(tmp_path):
                 waits = ray.remote(Patient).options(num_gpus=1).remote()
                 said = wait_until(
                     "word of the failure",
-                    lambda: "LaunchFailed" in (words := status_words()) and words,
+                    lambda: "; last: " in (words := status_words()) and words,
                 )
                 del waits
             finally:
                 ray.shutdown()
-    assert "gpu_worker" in said and "no g5.2xlarge is left" in said
+    assert "recent failures: gpu_worker: LaunchFailed" in said
+    assert re.search(r"; last: 1 nodes of type gpu_worker: .*no g5\.2xlarge is left$", said)
