@@ -224,11 +224,9 @@ def assert_as_planned(ended: list[Ended], told: Told) -> None:
 
 @pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        start_ray(None)
-        yield
-        ray.shutdown()
+    start_ray(None)
+    yield
+    ray.shutdown()
 
 
 @pytest.mark.heavy
@@ -300,7 +298,6 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     """A cluster whose head has no CPU; the driver joins it there."""
     if ray.is_initialized():
         ray.shutdown()
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     for key, value in QUICK_TO_NOTICE.items():
         monkeypatch.setenv(key, value)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})

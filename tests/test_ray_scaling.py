@@ -260,7 +260,6 @@ def growing(tmp_path_factory) -> Iterator[Autoscaling]:
     """A head without room for anything, and the types of nodes that may be started."""
     folder = tmp_path_factory.mktemp("growing")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.delenv("RAY_ADDRESS", raising=False)
         patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
         with autoscaling_cluster(folder, TYPES) as cluster:
@@ -406,7 +405,6 @@ def test_expert_that_no_node_may_ever_hold_is_refused(growing, tmp_path):
 def test_why_no_node_comes_is_told_by_the_autoscaler_itself(tmp_path):
     provider = "autoscaling_helpers.SoldOut"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.delenv("RAY_ADDRESS", raising=False)
         patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
         with autoscaling_cluster(tmp_path, TYPES, provider=provider) as cluster:
