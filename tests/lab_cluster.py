@@ -48,7 +48,8 @@ JOIN_SECONDS = 90
 
 ATTEMPTS = 3
 
-REQUEST = re.compile(r'^(\S+) - - \[[^]]*\] "(\S+) (\S+) \S+" (\d+)', re.M)
+REQUEST = re.compile(r'^(\S+) - - \[[^]]*\] "(\S+) ([^\s?]+)\S* \S+" (\d+)', re.M)
+"""A line of S3's log, but for the query of its address."""
 
 
 @dataclass(frozen=True)
