@@ -166,6 +166,7 @@ def search(
     pools: list[Any] | None = None,
 ) -> tuple[list[Ended], Told]:
     """A search of scripted trials in this driver, under ``plan``, which counts reports."""
+    folder.mkdir(exist_ok=True)
     study = SweepStudy(
         str(folder),
         name="study",
