@@ -16,6 +16,7 @@ import ray
 import torch
 from fleet_helpers import files_of, processes
 from ray.cluster_utils import Cluster
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ray_helpers import (
     run_sweep,
     running_sweep,
@@ -171,12 +172,15 @@ def search(
         str(folder),
         name="study",
         space=(parse_dimension("experts.rho", {"float": [0.0, 0.1]}),),
-        search=SearchConfig(trials=trials, sampler="random", concurrency=concurrency),
+        search=SearchConfig(
+            trials=trials, sampler="random", pruner="none", concurrency=concurrency
+        ),
         seed=0,
         every=EVERY,
         steps=STEPS,
     )
-    broker = ray.remote(FullStore).options(num_cpus=0).remote()
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    broker = ray.remote(FullStore).options(num_cpus=0, scheduling_strategy=here).remote()
     told = Told(start_pool(cpus, 0, worker=worker), plan)
     if pools is not None:
         pools.append(told.pool)
