@@ -67,10 +67,10 @@ def needs_the_data() -> Iterator[None]:
 
 
 def gpus_here() -> float:
-    """GPUs that this process was given; 0 where it is none of Ray's."""
+    """GPUs that this process was given; 0 where it is no actor."""
     import ray
 
-    if not ray.is_initialized():
+    if not ray.is_initialized() or ray.get_runtime_context().get_actor_id() is None:
         return 0.0
     return float(ray.get_runtime_context().get_assigned_resources().get("GPU", 0.0))
 

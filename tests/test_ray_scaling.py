@@ -85,7 +85,7 @@ def test_room_is_that_of_all_nodes_that_may_be_started(size, room):
 
 def test_type_that_leaves_its_resources_to_the_machine_may_hold_anything():
     found = read_file(yaml.safe_load((ROOT / "cluster.yaml").read_text()))
-    assert str(found) == "8 gpu_worker"
+    assert str(found) == "6 gpu_spot and 2 gpu_on_demand"
     assert found.kinds() is None
     assert found.room_for(1, 0.25) == Autoscaler().room_for(1, 0.25) == float("inf")
     _check_held(Need("an expert", 1, 1, 0), [{"CPU": 1}], found)
