@@ -305,6 +305,7 @@ def assert_all_go(cluster: Autoscaling) -> None:
     assert get_cluster_status(cluster.address).resource_demands.ray_task_actor_demand == []
 
 
+@pytest.mark.unproven
 @pytest.mark.heavy
 @pytest.mark.timeout(900)
 def test_filling_brings_nodes_uses_all_that_come_and_lets_them_go(growing, tmp_path):
@@ -322,6 +323,7 @@ def test_filling_brings_nodes_uses_all_that_come_and_lets_them_go(growing, tmp_p
     assert_all_go(growing)
 
 
+@pytest.mark.unproven
 @pytest.mark.heavy
 @pytest.mark.timeout(900)
 def test_search_brings_nodes_for_its_trials_and_its_cache_lets_them_go(growing, tmp_path):
@@ -362,6 +364,7 @@ class PatientBroker(WatchedBroker):
     expert_actor = Patient
 
 
+@pytest.mark.unproven
 @pytest.mark.heavy
 @pytest.mark.timeout(600)
 def test_experts_that_share_gpus_bring_as_many_nodes_as_the_file_allows(growing, tmp_path):
@@ -389,6 +392,7 @@ def test_experts_that_share_gpus_bring_as_many_nodes_as_the_file_allows(growing,
     ray.kill(handle)
 
 
+@pytest.mark.unproven
 @pytest.mark.heavy
 def test_expert_that_no_node_may_ever_hold_is_refused(growing, tmp_path):
     write_sweep(tmp_path)
@@ -401,6 +405,7 @@ def test_expert_that_no_node_may_ever_hold_is_refused(growing, tmp_path):
     assert came == set()
 
 
+@pytest.mark.unproven
 @pytest.mark.heavy
 def test_why_no_node_comes_is_told_by_the_autoscaler_itself(tmp_path):
     provider = "autoscaling_helpers.SoldOut"
