@@ -16,8 +16,8 @@
 # --init      reaps the processes that Ray's workers leave, and passes signals on.
 # -v          runs, store and mlflow.db are written to /work by user 1000.
 #
-# Never built with Docker by its authors. A test carries out these very steps in a fresh Debian
-# root (tests/test_cluster_image.py), and has not been seen to come to their end yet.
+# Never built with Docker by its authors: a test runs these very steps in a fresh Debian root
+# (tests/test_cluster_image.py).
 
 ARG BASE=python:3.11.15-slim-bookworm
 

@@ -222,7 +222,6 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Image]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.mark.unproven
 @pytest.mark.heavy
 def test_every_step_runs_in_a_fresh_root(image: Image) -> None:
     assert image.build.steps == [step.text for step in steps("RUN")]
@@ -230,7 +229,6 @@ def test_every_step_runs_in_a_fresh_root(image: Image) -> None:
     assert any(name.startswith("torch") for name in lent_names())
 
 
-@pytest.mark.unproven
 @pytest.mark.heavy
 def test_a_launchers_shell_finds_what_it_needs(image: Image) -> None:
     needed = "command -v bash rsync ssh tmux gcc ray mlflow python printenv"
@@ -241,7 +239,6 @@ def test_a_launchers_shell_finds_what_it_needs(image: Image) -> None:
     assert found.stdout.split()[-1] == "ray"
 
 
-@pytest.mark.unproven
 @pytest.mark.heavy
 def test_it_has_what_the_constraints_say(image: Image) -> None:
     said = image.run("python", "-m", "pip", "list", "--format=freeze", PIP_NO_INDEX="1")
@@ -254,7 +251,6 @@ def test_it_has_what_the_constraints_say(image: Image) -> None:
     assert not {k: (v, pins[k]) for k, v in found.items() if k in pins and pins[k] != v}
 
 
-@pytest.mark.unproven
 @pytest.mark.heavy
 def test_a_mounted_checkout_replaces_the_code_and_downloads_nothing(image: Image) -> None:
     cluster = yaml.safe_load((ROOT / "cluster.yaml").read_text())
@@ -275,7 +271,6 @@ def test_a_mounted_checkout_replaces_the_code_and_downloads_nothing(image: Image
     assert where.stdout.split()[-1] == "/home/ray/ftd-ray/ftd_ray/__init__.py"
 
 
-@pytest.mark.unproven
 @pytest.mark.heavy
 def test_a_container_runs_a_sweep_to_its_end(image: Image) -> None:
     [entry], [command] = (step.words for step in (steps("ENTRYPOINT")[0], steps("CMD")[0]))
