@@ -22,6 +22,8 @@ import yaml
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from ftd_ray.nodes import standing_nodes
+
 T = TypeVar("T")
 
 OPTION = "--autoscaling-config"
@@ -184,7 +186,7 @@ def _on_head(function: Callable[[str], T]) -> T:
 @of_late
 def head_node() -> str | None:
     """The id of the cluster's head: the one node that no autoscaler takes away."""
-    heads = [n for n in ray.nodes() if n["Alive"] and "node:__internal_head__" in n["Resources"]]
+    heads = [n for n in standing_nodes() if "node:__internal_head__" in n["Resources"]]
     return heads[0]["NodeID"] if heads else None
 
 

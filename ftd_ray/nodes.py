@@ -105,9 +105,9 @@ def address_of(node: str) -> str:
     return f"{known.get(node, 'unknown')} ({node[:8]})"
 
 
-def nodes_alive() -> set[str]:
-    """Ids of the cluster's nodes."""
-    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+def standing_nodes() -> list[dict[str, Any]]:
+    """The cluster's nodes as Ray describes them, without those that are gone."""
+    return [node for node in ray.nodes() if node["Alive"]]
 
 
 def nodes_able(cpus: float, gpus: float, memory: int) -> set[str]:
@@ -115,8 +115,8 @@ def nodes_able(cpus: float, gpus: float, memory: int) -> set[str]:
     size = {"CPU": cpus, "GPU": gpus, "memory": memory}
     return {
         node["NodeID"]
-        for node in ray.nodes()
-        if node["Alive"] and all(node["Resources"].get(k, 0.0) >= v for k, v in size.items() if v)
+        for node in standing_nodes()
+        if all(node["Resources"].get(k, 0.0) >= v for k, v in size.items() if v)
     }
 
 

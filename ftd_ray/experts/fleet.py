@@ -23,7 +23,7 @@ from ftd.errors import UserError
 from ftd_ray.experts.orders import GpuFull, Urgency
 from ftd_ray.experts.room import room_for
 from ftd_ray.node_faults import NodeFault, faults_of_the_node, gpus_here
-from ftd_ray.nodes import Health, NothingLeft, beside, nodes_able
+from ftd_ray.nodes import Health, NothingLeft, beside, nodes_able, standing_nodes
 from ftd_ray.storage import PlaceError
 
 ATTEMPTS = 4
@@ -360,7 +360,7 @@ def node_name() -> str:
 
 def node_ids() -> dict[str, str]:
     """Name -> id of the cluster's nodes."""
-    addresses = {n["NodeID"]: n["NodeManagerAddress"] for n in ray.nodes() if n["Alive"]}
+    addresses = {n["NodeID"]: n["NodeManagerAddress"] for n in standing_nodes()}
     shared = Counter(addresses.values())
     return {a if shared[a] == 1 else f"{a}-{node[:6]}": node for node, a in addresses.items()}
 
