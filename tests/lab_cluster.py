@@ -34,7 +34,7 @@ PYTHON = Path(sys.prefix) / "lab"
 would slow every other cluster of the tests down (Makefile)."""
 
 SWEEP = "sweeps/digits.yaml"
-RAY_PORT = 6379
+RAY_PORT, CLIENT_PORT = 6379, 10001
 
 S3 = f"http://{DESK}:9000"
 BUCKET = "lab"
