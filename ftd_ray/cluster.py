@@ -100,18 +100,20 @@ def _check_held(need: Need, nodes: list[dict[str, float]], autoscaler: Autoscale
     later = [] if autoscaler is None else autoscaler.kinds()
     if later is None:
         return
-    lacking = [need.lacking(resources) for resources in (*nodes, *later)]
-    if not all(lacking):
+    kinds = [*nodes, *later]
+    if not all(need.lacking(resources) for resources in kinds):
         return
+    of_each = {what: [k.get(what, 0.0) for k in kinds] for what in ("CPU", "GPU", "memory")}
+    largest = need.lacking({what: max(amounts) for what, amounts in of_each.items()})
     if autoscaler is not None:
-        raise UserError(
-            f"{min(lacking, key=len)[0]} on any node that stands or that the cluster's autoscaler "
-            f"may start ({autoscaler}). Lower resources.*, or add such a type of node to the "
-            "cluster's file."
-        )
-    if missing := need.lacking(ray.cluster_resources()):
-        raise UserError(f"{missing[0]} in the cluster. Lower resources.*, or add such nodes.")
-    raise UserError(f"{lacking[0][0]} on any one node. Lower resources.*, or add larger nodes.")
+        where = f"any node that stands or that the cluster's autoscaler may start ({autoscaler})"
+        remedy = "add such a type of node to the cluster's file"
+    elif in_all := need.lacking({what: sum(amounts) for what, amounts in of_each.items()}):
+        raise UserError(f"{in_all[0]} in the cluster. Lower resources.*, or add such nodes.")
+    else:
+        where, remedy = "any one node", "add larger nodes"
+    reason = f"{largest[0]} on {where}" if largest else f"{need} has no room on {where}"
+    raise UserError(f"{reason}. Lower resources.*, or {remedy}.")
 
 
 def _check_shared(places: dict[str, str], nodes: list[dict[str, Any]]) -> None:

@@ -97,9 +97,36 @@ def test_what_a_node_may_hold_later_on_is_not_refused(later):
 
 
 def test_what_no_node_may_ever_hold_is_refused_with_what_there_may_be():
-    refused = r"^a trial takes 32 CPUs, and there are 8 on any node .* \(4 gpu and 6 cpu, 6 nodes"
+    refused = r"^a trial takes 32 CPUs, and there are 16 on any node .* \(4 gpu and 6 cpu, 6 nodes"
     with pytest.raises(UserError, match=refused):
         _check_held(Need("a trial", 32, 1, 0), [{"CPU": 4}], read_file(FILE))
+
+
+@pytest.mark.parametrize(
+    ("need", "nodes", "reason"),
+    [
+        (
+            Need("an expert", 2, 0, 0),
+            [{"CPU": 0}, {"CPU": 1}, {"CPU": 1}],
+            "takes 2 CPUs, and there is 1 on any one node",
+        ),
+        (
+            Need("an expert", 1, 0.5, 0),
+            [{"CPU": 4}],
+            "takes 0.5 GPU, and there are 0 in the cluster",
+        ),
+        (
+            Need("an expert", 2, 1, 0),
+            [{"CPU": 1, "GPU": 1}, {"CPU": 8}],
+            r"an expert \(2 CPU and 1 GPU\) has no room on any one node",
+        ),
+    ],
+    ids=["the largest node is too small", "nothing of it", "no node has both"],
+)
+def test_what_no_node_holds_is_refused_with_what_comes_closest(need, nodes, reason):
+    for order in (nodes, nodes[::-1]):
+        with pytest.raises(UserError, match=reason):
+            _check_held(need, order, None)
 
 
 def test_expert_and_trial_may_need_different_nodes():
