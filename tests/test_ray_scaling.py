@@ -282,6 +282,27 @@ TYPES = {
 }
 
 
+@pytest.mark.heavy
+def test_why_no_node_comes_is_told_by_the_autoscaler_itself(tmp_path):
+    provider = "autoscaling_helpers.SoldOut"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        with autoscaling_cluster(tmp_path, TYPES, provider=provider) as cluster:
+            ray.init(cluster.address, log_to_driver=False)
+            try:
+                waits = ray.remote(num_gpus=1)(lambda: 0).remote()
+                said = wait_until(
+                    "word of the failure",
+                    lambda: "; last: " in (words := status_words()) and words,
+                )
+                del waits
+            finally:
+                ray.shutdown()
+    assert "recent failures: gpu_worker: LaunchFailed" in said
+    assert re.search(r"; last: 1 nodes of type gpu_worker: .*no g5\.2xlarge is left$", said)
+
+
 @pytest.fixture(scope="module")
 def growing(tmp_path_factory) -> Iterator[Autoscaling]:
     """A head without room for anything, and the types of nodes that may be started."""
@@ -332,7 +353,6 @@ def assert_all_go(cluster: Autoscaling) -> None:
     assert get_cluster_status(cluster.address).resource_demands.ray_task_actor_demand == []
 
 
-@pytest.mark.unproven
 @pytest.mark.heavy
 @pytest.mark.timeout(900)
 def test_filling_brings_nodes_uses_all_that_come_and_lets_them_go(growing, tmp_path):
@@ -350,7 +370,6 @@ def test_filling_brings_nodes_uses_all_that_come_and_lets_them_go(growing, tmp_p
     assert_all_go(growing)
 
 
-@pytest.mark.unproven
 @pytest.mark.heavy
 @pytest.mark.timeout(900)
 def test_search_brings_nodes_for_its_trials_and_its_cache_lets_them_go(growing, tmp_path):
@@ -391,7 +410,6 @@ class PatientBroker(WatchedBroker):
     expert_actor = Patient
 
 
-@pytest.mark.unproven
 @pytest.mark.heavy
 @pytest.mark.timeout(600)
 def test_experts_that_share_gpus_bring_as_many_nodes_as_the_file_allows(growing, tmp_path):
@@ -419,7 +437,6 @@ def test_experts_that_share_gpus_bring_as_many_nodes_as_the_file_allows(growing,
     ray.kill(handle)
 
 
-@pytest.mark.unproven
 @pytest.mark.heavy
 def test_expert_that_no_node_may_ever_hold_is_refused(growing, tmp_path):
     write_sweep(tmp_path)
@@ -430,25 +447,3 @@ def test_expert_that_no_node_may_ever_hold_is_refused(growing, tmp_path):
     assert "an expert takes 9 CPUs, and there" in ran.err
     assert "(3 cpu_worker and 2 gpu_worker)" in ran.err and ran.err.count("\n") == 1
     assert came == set()
-
-
-@pytest.mark.unproven
-@pytest.mark.heavy
-def test_why_no_node_comes_is_told_by_the_autoscaler_itself(tmp_path):
-    provider = "autoscaling_helpers.SoldOut"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("RAY_ADDRESS", raising=False)
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
-        with autoscaling_cluster(tmp_path, TYPES, provider=provider) as cluster:
-            ray.init(cluster.address, log_to_driver=False)
-            try:
-                waits = ray.remote(Patient).options(num_gpus=1).remote()
-                said = wait_until(
-                    "word of the failure",
-                    lambda: "; last: " in (words := status_words()) and words,
-                )
-                del waits
-            finally:
-                ray.shutdown()
-    assert "recent failures: gpu_worker: LaunchFailed" in said
-    assert re.search(r"; last: 1 nodes of type gpu_worker: .*no g5\.2xlarge is left$", said)
