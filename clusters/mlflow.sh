@@ -9,8 +9,8 @@
 #   python clusters/backup.py restore mlflow.db PLACE && mlflow server --backend-store-uri sqlite:///mlflow.db
 #
 # PORT, DATABASE, ARTIFACTS and EVERY (seconds between copies) can be set in the environment. With
-# BESIDE, a port of this machine such as Ray's 6379, both end when nobody has listened there for a
-# minute, after a last copy: where `ray down` does not end the machine, it ends them too.
+# BESIDE, a port of this machine such as Ray's 6379, both end when nobody has listened there for
+# PATIENCE seconds, after a last copy: where `ray down` does not end the machine, it ends them too.
 set -euo pipefail
 place=${1:?"usage: mlflow.sh PLACE, a bucket or a folder for artifacts and copies"}
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -34,7 +34,7 @@ setsid nohup python -m mlflow server --host 127.0.0.1 --port "$port" --workers 1
 server=$!  # of a session and a group of its own
 copies=(python "$here/backup.py" watch "$database" "$place" --every "${EVERY:-300}")
 if [ -n "${BESIDE:-}" ]; then
-    copies+=(--beside "$BESIDE")
+    copies+=(--beside "$BESIDE" --patience "${PATIENCE:-60}")
 fi
 # shellcheck disable=SC2016  # the inner shell's
 setsid nohup bash -c 'group=$1; shift; "$@" && kill -- "-$group"' copies "$server" "${copies[@]}" \

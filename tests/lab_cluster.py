@@ -79,6 +79,7 @@ def environment(cpus: int) -> dict[str, str]:
         "RAY_health_check_timeout_ms": "4000",
         "RAY_health_check_failure_threshold": "5",
         "RAY_gcs_rpc_server_reconnect_timeout_s": "20",  # then a worker without a head ends
+        "PATIENCE": "40",  # of MLflow, when Ray has ended
         "AUTOSCALER_HEARTBEAT_TIMEOUT_S": "15",
         "GIT_PYTHON_REFRESH": "quiet",
     }
