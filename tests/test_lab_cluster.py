@@ -10,8 +10,9 @@ from typing import Any
 
 import psutil
 import pytest
+from grpc_helpers import OK, UNAUTHENTICATED
 from lab import HOME, Host, lacking, namespace
-from lab_cluster import CLIENT_PORT, DASHBOARD, PYTHON, RAY_PORT, SECONDS, TRACKING, Lab
+from lab_cluster import CHECKOUT, CLIENT_PORT, DASHBOARD, PYTHON, RAY_PORT, SECONDS, TRACKING, Lab
 from ray_helpers import wait_until
 
 pytestmark = [pytest.mark.heavy, pytest.mark.unproven, pytest.mark.timeout(2 * SECONDS)]
@@ -42,15 +43,26 @@ SMALL = (
 )
 """The digits' sweep, made to take less than a minute; every host has work in it."""
 
-STRANGER = """
-import sys, ray
-ray.init(sys.argv[1], log_to_driver=False, logging_level="CRITICAL")
-ray.get(ray.remote(lambda: 0).options(num_cpus=0).remote(), timeout=60)
+JOIN = "import sys, ray; ray.init(sys.argv[1], log_to_driver=False, logging_level='CRITICAL')"
+KNOCK = "import socket, sys; socket.create_connection((sys.argv[1], int(sys.argv[2])), timeout=9)"
+CALL = """
+import sys
+folder, port, method, *token = sys.argv[1:]
+sys.path.append(folder)
+from grpc_helpers import grpc_status
+print(grpc_status(int(port), method, **{"authorization": f"Bearer {t}" for t in token}))
 """
 
-KNOCK = "import socket, sys; socket.create_connection((sys.argv[1], int(sys.argv[2])), timeout=9)"
+CALLS = {
+    RAY_PORT: "/ray.rpc.NodeInfoGcsService/GetAllNodeInfo",
+    CLIENT_PORT: "/ray.rpc.RayletDriver/ClusterInfo",
+}
+"""A call that a server on each of the head's open ports takes from those who have the token."""
 
-REFUSED = "AuthenticationError|Unauthenticated|UNAUTHENTICATED"
+UNKNOWN = "2"
+"""What Ray Client says to an empty message: it has taken the call."""
+
+REFUSED = "AuthenticationError|UNAUTHENTICATED"
 
 
 @pytest.fixture(scope="module")
@@ -116,25 +128,28 @@ def test_sweep_submitted_as_a_job_uses_every_host(lab, undisturbed):
 
 
 def test_strangers_are_refused_by_the_cluster_and_its_jobs(lab):
-    wrong = ("RAY_AUTH_MODE=token", f"RAY_AUTH_TOKEN={'0' * 64}")
-    join = ("python", "-c", STRANGER)
-    addresses = [f"{lab.head.address}:{RAY_PORT}", f"ray://{lab.head.address}:{CLIENT_PORT}"]
-    for address in addresses:
-        for said in (("RAY_AUTH_MODE=disabled",), wrong):
-            ran = lab.stranger.run("env", *said, *join, address)
-            assert ran.returncode != 0 and re.search(REFUSED, ran.stdout + ran.stderr), said
+    strangers = (
+        ("RAY_AUTH_MODE=disabled",),
+        ("RAY_AUTH_MODE=token", f"RAY_AUTH_TOKEN={'0' * 64}"),
+    )
+    there = f"{lab.head.address}:{RAY_PORT}"
+    submit = ("ray", "job", "submit", f"--address={DASHBOARD}", "--", "touch", "/tmp/submitted")
+    for said in strangers:
+        ran = lab.stranger.run("env", *said, "python", "-c", JOIN, there)
+        assert ran.returncode and re.search(REFUSED, ran.stdout + ran.stderr), said
+        ran = lab.head.run("env", "HOME=/tmp/nobody", *said, *submit)
+        assert ran.returncode and re.search(REFUSED, ran.stdout + ran.stderr), said
+    assert lab.head.run("test", "-e", "/tmp/submitted").returncode == 1
     for address in (DASHBOARD, TRACKING):  # only for those who are on the head
         port = address.rpartition(":")[2]
         ran = lab.stranger.run("python", "-c", KNOCK, lab.head.address, port)
         assert "ConnectionRefusedError" in ran.stderr, port
-    submit = ("ray", "job", "submit", f"--address={DASHBOARD}", "--", "touch", "/tmp/submitted")
-    for said in (("RAY_AUTH_MODE=disabled",), wrong):
-        ran = lab.head.run("env", "HOME=/tmp/nobody", *said, *submit)
-        assert ran.returncode != 0 and re.search(REFUSED, ran.stdout + ran.stderr), said
-    assert lab.head.run("test", "-e", "/tmp/submitted").returncode == 1
     token = lab.head.check("cat", ".ray/auth_token").strip()
-    right = ("RAY_AUTH_MODE=token", f"RAY_AUTH_TOKEN={token}")
-    lab.stranger.check("env", *right, *join, addresses[1])  # so it was for want of that alone
+    for port, method in CALLS.items():
+        call = ("python", "-c", CALL, str(CHECKOUT / "tests"), str(port), method)
+        assert lab.head.check(*call).strip() == UNAUTHENTICATED
+        assert lab.head.check(*call, "0" * 64).strip() == UNAUTHENTICATED
+        assert lab.head.check(*call, token).strip() in (OK, UNKNOWN)
 
 
 def test_sweep_goes_on_when_a_worker_loses_power(lab, undisturbed):
