@@ -41,7 +41,7 @@ ROLES = {
     "broker": ("ray::Broker",),
     "GCS": ("gcs_server",),
     "pool": ("ray::WorkerPool",),
-    "trainables": ("ray::SweepTrial",),
+    "trainables": ("ray::SweepTrial", "ray::ResourceTrainable"),
     "expert actors": ("ray::ExpertActor",),
     "trial workers": ("ray::TrialWorker",),
     "caches": ("ray::SegmentCache",),
@@ -319,15 +319,15 @@ def curves(samples: Sequence[Sample], points: int = 150) -> list[Sample]:
 
 # --- the page -------------------------------------------------------------------------------
 
-PLATFORM = ("driver", "broker", "GCS", "pool", "trainables")
-"""What a trial costs beside its work."""
+PLATFORM = ("driver", "broker", "GCS", "pool")
+"""What there is one of, whatever the number of nodes and trials."""
 
 
 def render(results: dict[str, Any]) -> list[str]:
     size, fill, search = Size(**results["size"]), results["fill"], results["search"]
     asked = "" if size == Size() else f" (the full size is {described(Size())})"
-    experts, epochs = fill["experts"], fill["experts"] * size.epochs
-    broker = fill["cpu"]["broker"]
+    experts, broker = steady(results["curves"]["fill"], "broker")
+    epochs = experts * size.epochs
     per_trial = [t["cpu"]["driver"] / t["trials"] for t in search["thirds"]]
     share = [t["cpu"]["driver"] / t["seconds"] for t in search["thirds"]]
     rates = [t["trials"] / t["seconds"] for t in search["thirds"]]
@@ -345,10 +345,10 @@ def render(results: dict[str, Any]) -> list[str]:
         f"Filling the store, an expert of {size.epochs} epochs: {1000 * broker / experts:.0f} ms "
         f"of the broker ({1e6 * broker / epochs:.0f} µs an epoch,",
         f"so it saturates at {epochs / broker:,.0f} epochs a second), "
-        f"{1000 * fill['cpu']['GCS'] / experts:.0f} ms of Ray's GCS, "
-        f"{1000 * fill['cpu']['driver'] / experts:.0f} ms of the command,",
-        f"{total(fill['requests']['store']) / experts:.0f} requests to the store "
-        f"({by_kind(fill['requests']['store'], experts)}).",
+        f"{1000 * steady(results['curves']['fill'], 'GCS')[1] / experts:.0f} ms of Ray's GCS, "
+        f"{1000 * steady(results['curves']['fill'], 'driver')[1] / experts:.0f} ms of the command,",
+        f"{total(fill['requests']['store']) / fill['experts']:.0f} requests to the store "
+        f"({by_kind(fill['requests']['store'], fill['experts'])}).",
         "",
         "The search, by thirds of its trials:",
         "",
@@ -397,6 +397,12 @@ CHANGED: Sequence[str] = (
     "by name 2.5 times a trial (8 ms each), now once a second.",
 )
 """What this measurement found, and what was changed for it."""
+
+
+def steady(samples: Sequence[dict[str, Any]], role: str) -> tuple[int, float]:
+    """What was done between the first and the last of it, and the processor time of that."""
+    begun = [s for s in samples if s["done"] and s[role]["mib"]]
+    return begun[-1]["done"] - begun[0]["done"], begun[-1][role]["cpu"] - begun[0][role]["cpu"]
 
 
 def described(size: Size) -> str:

@@ -331,9 +331,9 @@ def test_sweep_asks_s3_for_what_its_trials_read_and_not_by_the_number_of_experts
         for where in ("store", "sweep")
     )
     assert found.total() == sum(of_the_store.values()) + sum(of_the_sweep.values()) > 0
-    # a segment: twice its part, by two pages and a look; a manifest, by a look and its bytes
-    assert sum(of_the_store.values()) <= 8 * STEPS * TRIALS + 40
-    assert sum(of_the_sweep.values()) <= 12 * TRIALS + 40
+    # a segment is that of an expert in 60: a look at its manifest and its part, and their bytes
+    assert sum(of_the_store.values()) <= 4 * STEPS * TRIALS + 30
+    assert sum(of_the_sweep.values()) <= 6 * TRIALS + 20
 
 
 REQUEST = re.compile(r"([A-Z]+) /buffers(?:/|\?\S*prefix=)(store|sweep)\b")
