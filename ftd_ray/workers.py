@@ -18,7 +18,7 @@ import re
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -65,12 +65,12 @@ class TrialOrder:
     """What Tune is given for one trial."""
 
     number: int
-    spec: bytes
+    spec: bytes = field(repr=False)  # Tune names trials by what it reads in their configuration
     """A pickled ``ftd_ray.trial.TrialSpec``."""
-    experts: ExpertOrder
-    broker: Any
+    experts: ExpertOrder = field(repr=False)
+    broker: Any = field(repr=False)
     """The handle of ``ftd_ray.experts.broker.Broker``."""
-    pool: Any
+    pool: Any = field(repr=False)
     """The handle of the sweep's ``WorkerPool``."""
 
 
@@ -294,6 +294,7 @@ class SweepTrial(tune.Trainable):
 
     def setup(self, config: dict[str, Any]) -> None:
         self._order: TrialOrder = config["order"]
+        self.config: dict[str, Any] = {}  # Tune adds it to every report
         self._worker: Any = None
         self._failure: str | None = None
         self._ready = False
