@@ -91,12 +91,15 @@ class TrialWorker:
         return function(spec), time.perf_counter() - began
 
     def _forget(self) -> None:
-        """Frees what the trial before holds, for a neighbour on the same GPU too."""
+        """Frees what the trial before holds, and keeps to this worker's part of memory."""
         import torch
+
+        from ftd_ray.limits import assigned, limit_worker
 
         self._reports = iter(())
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
+        limit_worker(assigned("GPU"), assigned("memory"))
 
 
 class WorkerPool:

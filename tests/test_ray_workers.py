@@ -11,6 +11,7 @@ import ray
 from ray_helpers import wait_until
 
 from ftd.errors import UserError
+from ftd.memory import OVERHEAD
 from ftd_ray.workers import IDLE_SECONDS, WORKER_ATTEMPTS, run_calls, start_pool
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers have no tests
@@ -119,6 +120,20 @@ def test_worker_books_the_memory_that_it_is_said_to_take():
     wait_until("a booking", lambda: free_memory() == before - 10**9, seconds=20)
     ray.kill(pool)
     wait_until("its end", lambda: free_memory() == before, seconds=20)
+
+
+def room(spec: Any) -> int | None:
+    from ftd import memory
+
+    return memory._room(0)
+
+
+def test_worker_keeps_its_batches_to_the_memory_that_is_booked_for_it():
+    for booked, expected in ((0, None), (2 * 10**9, 2 * 10**9 - OVERHEAD["cpu"])):
+        pool = start_pool(1, 0, booked)
+        found, _ = ray.get(taken(pool, 0).call.remote(room, None), timeout=120)
+        ray.kill(pool)
+        assert found == expected
 
 
 # --- calls ----------------------------------------------------------------------------------

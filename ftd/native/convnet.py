@@ -20,7 +20,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ftd.gradients import Gradients, SecondOrder
+from ftd.gradients import FLOAT, Gradients, Pass, SecondOrder
 from ftd.native.chunks import Workspace, chunk_sizes
 from ftd.native.convolution import Chunk, Shape, convolution
 from ftd.native.library import kernels
@@ -32,6 +32,13 @@ R = TypeVar("R")
 CHUNK = 1_500_000
 """Numbers that the first layer may put out for one chunk of images. It decides about bits, as
 kernels.c does: who changes either raises ``ftd.expert.SCHEMA_VERSION``."""
+
+_HELD: dict[Pass, tuple[float, float]] = {
+    "logits": (4, 6),
+    "gradient": (6, 11),
+    "second_order": (12.25, 15),
+}
+"""Of what the first layer puts out for a chunk, and of the parameters, what is held at the peak."""
 
 _SPACE = Workspace()
 """Of all networks: a thread works on one chunk at a time."""
@@ -75,8 +82,8 @@ class NativeGradients(Gradients):
     Raises UserError on first use where the machine has no C compiler.
     """
 
-    def __init__(self, network: Network):
-        super().__init__(network)
+    def __init__(self, network: Network, *, room: int | None = None):
+        super().__init__(network, room=room)
         spec = ConvNetSpec.parse(network.name)
         self._width = spec.width
         self._layers = [
@@ -91,6 +98,21 @@ class NativeGradients(Gradients):
             for i in range(spec.depth)
         ]
         self._limit = self.images_within(CHUNK)
+
+    def bytes_of(self, what: Pass, images: int, threads: int = 1) -> int:
+        """What each thread works in, and every chunk's gradients until they are added up."""
+        n = self.network
+        of_chunk, of_pass = _HELD[what]
+        sizes = chunk_sizes(images, self._limit, threads)
+        chunk = max(sizes) * n.resolution**2 * self._width
+        grads = 0 if what == "logits" else len(sizes)
+        pixels = images * n.channels * n.resolution**2
+        work = min(threads, len(sizes)) * of_chunk * chunk
+        return int(FLOAT * (work + (of_pass + grads) * n.size + 3 * pixels))
+
+    def images_at_once(self, what: Pass) -> int | None:
+        """Any number: its chunks are small, and of one size everywhere."""
+        return None
 
     @torch.no_grad()
     def logits(self, params_P: Tensor, images: Tensor) -> Tensor:

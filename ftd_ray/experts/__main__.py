@@ -14,6 +14,7 @@ from rich.console import Console
 
 from ftd_ray.command import check_room, exit_code, open_tracker, reachable, sweep_parser
 from ftd_ray.config import load_config
+from ftd_ray.fit import this_machine
 from ftd_ray.plan import lacking, lacking_compiler, machine_resources, make_plan
 from ftd_ray.reading import reading
 from ftd_ray.signals import signals
@@ -40,7 +41,8 @@ def _main(args: argparse.Namespace, console: Console) -> int:
     if address is None:
         missing = lacking(config, machine_resources(), experts_only=True)
         missing += lacking_compiler(config, experts_only=True)
-    console.print(plan.experts_text(missing), soft_wrap=True, markup=False)
+    machine = this_machine() if address is None else None
+    console.print(plan.experts_text(missing, machine), soft_wrap=True, markup=False)
     if args.dry_run:
         return 0
     if not any(s.missing for s in plan.sets):

@@ -26,11 +26,12 @@ from ftd.trajectory import SCHEMA_VERSION as STORE_SCHEMA
 from ftd_ray.actors import Lingering, shared_actor
 from ftd_ray.experts.fleet import (
     ATTEMPTS,
-    GPU_HEADROOM,
     Build,
     ExpertActor,
     Fleet,
-    gpu_share,
+    OtherKind,
+    gpu_kinds,
+    kind_at,
     start_actor,
 )
 from ftd_ray.experts.orders import (
@@ -42,11 +43,14 @@ from ftd_ray.experts.orders import (
     SetStatus,
     Urgency,
 )
+from ftd_ray.experts.shares import GPU_HEADROOM, gpu_share
 from ftd_ray.storage import place_error
 from ftd_ray.store import TrajectoryStore
 
 SILENT_SECONDS = 300
 """What is only wanted by askers that were not heard of for so long is dropped, until they are."""
+OTHER_KINDS_SECONDS = 60
+"""Where an expert was measured on one kind of GPU, the others are waited for at most so long."""
 RATE_SECONDS = 60
 """Epochs per second are counted over this long."""
 
@@ -135,8 +139,11 @@ class Broker(Lingering):
         self._id = uuid.uuid4().hex
         self._askers: dict[str, _Asker] = {}
         self._jobs: dict[tuple[str, int], _Job] = {}
-        self._fleets: dict[tuple[float, float, int, bool], Fleet] = {}
-        self._needs: dict[str, asyncio.Task[list[int]]] = {}
+        self._fleets: dict[tuple[float, float, int, str | None, bool], Fleet] = {}
+        self._needs: dict[tuple[str, str | None], asyncio.Task[list[int]]] = {}
+        """(what an expert's memory depends on, kind of GPU) -> how much of it it takes."""
+        self._asked: dict[str, float] = {}
+        """What an expert's memory depends on -> when it was to be measured first."""
         self._diverged: dict[tuple[str, int], tuple[int, str]] = {}
         """(set, expert) -> epochs that it did not reach, and why."""
         self._curves: dict[str, dict[int, dict[int, float]]] = defaultdict(
@@ -277,6 +284,9 @@ class Broker(Lingering):
                 break
             except asyncio.CancelledError:
                 raise unwanted from None
+            except OtherKind:
+                if attempt == ATTEMPTS - 1:
+                    raise
             except RayTaskError as error:
                 cause = error.cause
                 if isinstance(cause, Diverged):
@@ -306,32 +316,96 @@ class Broker(Lingering):
                 wanted.gpus = job.fleet.size[1] if job.fleet is not None else 0.0
 
     async def _fleet(self, order: ExpertOrder) -> Fleet:
-        """The actors of the size that the order says, or that a measurement says."""
-        measured = order.gpus is None
-        gpus = gpu_share(*await self._need(order)) if order.gpus is None else order.gpus
-        size = (order.cpus, gpus, order.memory)
-        if (*size, measured) not in self._fleets:
-            share = gpus if measured else None
-            self._fleets[*size, measured] = Fleet(*size, share=share, actor=self.expert_actor)
-        return self._fleets[*size, measured]
+        """The actors of the size that the order says, or that measurements say.
 
-    async def _need(self, order: ExpertOrder) -> list[int]:
-        """[bytes of its GPU that one such expert takes, bytes that there are], measured once."""
-        name = footprint(order.identity)
+        Each kind of GPU has a share of its own, and a build goes where the least is to be done.
+        """
+        if order.gpus is not None:
+            return self._fleet_of(order, order.gpus)
+        kinds = await asyncio.to_thread(gpu_kinds) or await self._first_kinds(order)
+        if bound := len(kinds) > 1:  # GPUs without a name cannot be told from the others
+            kinds.pop(None, None)
+        shares = await self._shares(order, list(kinds), bound)
+        fleets = {k: self._fleet_of(order, share, k, bound) for k, share in shares.items()}
+        places = {kind: kinds[kind] * round(1 / share) for kind, share in shares.items()}
+        return fleets[min(fleets, key=lambda kind: (fleets[kind].load + 1) / places[kind])]
+
+    async def _shares(
+        self, order: ExpertOrder, kinds: list[str | None], bound: bool
+    ) -> dict[str | None, float]:
+        """The share of an expert on each kind of GPU that one fits on, as far as it is known soon.
+
+        Raises UserError if one fits on none of them.
+        """
+        tasks = {kind: self._need(order, kind, bound) for kind in kinds}
+        since = self._asked.setdefault(footprint(order.identity), time.monotonic())
+        shares: dict[str | None, float] = {}
+        refused: dict[str | None, UserError] = {}
+        while not shares and len(refused) < len(tasks):
+            waiting = [t for kind, t in tasks.items() if kind not in refused]
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            left = since + OTHER_KINDS_SECONDS - time.monotonic()
+            await asyncio.wait(waiting, timeout=max(0, left))
+            for kind, task in tasks.items():
+                if task.done() and kind not in refused:
+                    try:
+                        shares[kind] = gpu_share(*task.result())
+                    except UserError as error:
+                        refused[kind] = error
+        if not shares:
+            raise next(iter(refused.values()))
+        return shares
+
+    async def _first_kinds(self, order: ExpertOrder) -> dict[str | None, float]:
+        """The kinds of GPU on the cluster, once one has come for such an expert."""
+        for attempt in range(1, ATTEMPTS + 1):
+            actor = start_actor(order.cpus, 1.0, order.memory, self.expert_actor)
+            try:
+                await actor.node.remote()
+                if kinds := await asyncio.to_thread(gpu_kinds):
+                    return kinds
+            except RayError:  # the node is gone again
+                if attempt == ATTEMPTS:
+                    raise
+            finally:
+                ray.kill(actor)
+        raise UserError("no GPU stayed on the cluster. See what `ray status` says of its nodes.")
+
+    def _fleet_of(
+        self, order: ExpertOrder, gpus: float, kind: str | None = None, bound: bool = False
+    ) -> Fleet:
+        key = (order.cpus, gpus, order.memory, kind, bound)
+        if key not in self._fleets:
+            self._fleets[key] = Fleet(
+                *key[:3], share=gpus or None, kind=kind, bound=bound, actor=self.expert_actor
+            )
+        return self._fleets[key]
+
+    def _need(
+        self, order: ExpertOrder, kind: str | None, bound: bool = False
+    ) -> "asyncio.Task[list[int]]":
+        """[bytes that one such expert takes of a GPU of that kind, bytes that there are]."""
+        name = (footprint(order.identity), kind)
         task = self._needs.get(name)
         if task is None or (task.done() and task.exception() is not None):
-            task = self._needs[name] = asyncio.create_task(self._measure(order))
-        return await asyncio.shield(task)
+            task = self._needs[name] = asyncio.create_task(self._measure(order, kind, bound))
+        return task
 
     def _is_measured(self, order: ExpertOrder) -> bool:
-        task = self._needs.get(footprint(order.identity))
-        return bool(task and task.done() and not task.cancelled() and not task.exception())
+        """On some kind of GPU."""
+        name = footprint(order.identity)
+        tasks = [task for (of, _), task in self._needs.items() if of == name]
+        return any(t.done() and not t.cancelled() and not t.exception() for t in tasks)
 
-    async def _measure(self, order: ExpertOrder) -> list[int]:
+    async def _measure(self, order: ExpertOrder, kind: str | None, bound: bool) -> list[int]:
         for attempt in range(1, ATTEMPTS + 1):
             alone = (order.cpus, 1.0, order.memory)  # on its GPU
-            actor = start_actor(*alone, self.expert_actor)
+            actor = start_actor(*alone, self.expert_actor, kind if bound else None)
             try:
+                node = await actor.node.remote()
+                if kind is not None and await asyncio.to_thread(kind_at, node) != kind:
+                    bound = True  # another kind has come just now
+                    continue
                 return list(await actor.gpu_need.remote(order.work))
             except RayTaskError as error:
                 raise UserError(
@@ -348,8 +422,8 @@ class Broker(Lingering):
         raise AssertionError("not reached")
 
     async def _shrink(self, order: ExpertOrder, fleet: Fleet) -> None:
-        """An expert did not fit its measured share after all: one less on each GPU."""
-        need = await self._need(order)
+        """An expert did not fit its measured share after all: one less on each such GPU."""
+        need = await self._need(order, fleet.kind)
         share = gpu_share(*need)
         if share != fleet.size[1]:
             return  # another expert has said so

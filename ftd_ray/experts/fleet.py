@@ -30,10 +30,12 @@ RECOUNT_SECONDS = 2
 AHEAD_SECONDS = 20
 """An actor stays to build ahead when all of that takes no longer: about what it costs to make way
 for trials and to start again, on each core."""
-GPU_HEADROOM = 0.92
-"""Share of a GPU's memory that experts together may fill."""
-EXPERTS_PER_GPU = 8
-"""At most, however small they are: more only wait for each other."""
+_KIND = "accelerator_type:"
+"""Before the name of a node's GPUs, among its resources."""
+
+
+class OtherKind(Exception):
+    """A GPU is of another kind than the one that the share was measured on."""
 
 
 class ExpertActor:
@@ -50,10 +52,10 @@ class ExpertActor:
 
         Returns the seconds that it took, None if there was nothing left to train.
         """
-        from ftd_ray.experts.build import build_expert, limit_gpu_memory
+        from ftd_ray.experts.build import build_expert
+        from ftd_ray.limits import assigned, limit_worker
 
-        if share is not None:
-            limit_gpu_memory(share)
+        limit_worker(share, assigned("memory"))
         began, trained = time.monotonic(), False
 
         def on_epoch(snapshot: Any) -> None:
@@ -117,7 +119,10 @@ class Worker:
 class Fleet:
     """Expert actors of (cpus, gpus, memory) each. Lives in the event loop of the broker.
 
-    ``share`` limits each to that share of its GPU's memory.
+    ``share`` limits each to that share of its GPU's memory, which was measured on GPUs of ``kind``.
+    Actors are ``bound`` to that kind where the cluster has others; where it has not, they ask for
+    any GPU, since an autoscaler may know no kinds, and one that comes to lie on another takes no
+    build: OtherKind says so.
     """
 
     def __init__(
@@ -127,10 +132,13 @@ class Fleet:
         memory: int = 0,
         *,
         share: float | None = None,
+        kind: str | None = None,
+        bound: bool = False,
         actor: type = ExpertActor,
         room: Callable[[float, float, int], int] | None = None,
     ) -> None:
         self.size, self._share = (cpus, gpus, memory), share
+        self.kind, self._bound = kind, bound
         self._actor, self._room = actor, room or room_for
         self._queue: list[Build] = []
         self.workers: set[Worker] = set()
@@ -151,6 +159,11 @@ class Fleet:
             build.rank = rank
             heapq.heapify(self._queue)
             self._attend()
+
+    @property
+    def load(self) -> int:
+        """Builds that wait or are under way."""
+        return len(self._queue) + sum(w.build is not None for w in self.workers)
 
     def drop(self, build: Build) -> None:
         """Nobody wants it any more. What its actor has published stays."""
@@ -209,7 +222,9 @@ class Fleet:
         busy = sum(w.build is not None for w in self.workers)
         wanted = min(room, busy + self._due())
         for _ in range(wanted - len(self.workers)):
-            worker = Worker(start_actor(*self.size, self._actor))
+            worker = Worker(
+                start_actor(*self.size, self._actor, self.kind if self._bound else None)
+            )
             self.workers.add(worker)
             worker.life = asyncio.create_task(self._live(worker))
         surplus = [w for w in self.workers if w.node is None]
@@ -226,6 +241,9 @@ class Fleet:
         try:
             worker.node = await worker.actor.node.remote()
             self._failed_starts = 0
+            if self.kind is not None and await asyncio.to_thread(kind_at, worker.node) != self.kind:
+                self._redirect()
+                return
             end = time.monotonic() + LEASE_SECONDS
             while worker in self.workers and time.monotonic() < end and (build := self._next()):
                 worker.build, build.worker = build, worker
@@ -270,6 +288,11 @@ class Fleet:
             )
         )
 
+    def _redirect(self) -> None:
+        """Gives the next build back: there is another kind of GPU now, with a share of its own."""
+        if (build := self._next()) is not None and not build.done.done():
+            build.done.set_exception(OtherKind(f"a GPU is not of the kind {self.kind}"))
+
     def _failed_start(self, error: Exception) -> None:
         self._failed_starts += 1
         if self._failed_starts < ATTEMPTS or not self._due():
@@ -283,10 +306,38 @@ class Fleet:
             )
 
 
-def start_actor(cpus: float, gpus: float, memory: int, actor: type = ExpertActor) -> Any:
-    """A new expert actor, spread over the nodes; it may have to wait for its place."""
+def start_actor(
+    cpus: float, gpus: float, memory: int, actor: type = ExpertActor, kind: str | None = None
+) -> Any:
+    """A new expert actor, spread over the nodes; it may have to wait for its place.
+
+    With ``kind`` only GPUs of that kind are a place for it.
+    """
     size = {"num_cpus": cpus, "num_gpus": gpus, "memory": memory}
-    return ray.remote(actor).options(**size, scheduling_strategy="SPREAD").remote()
+    options = ray.remote(actor).options(**size, accelerator_type=kind, scheduling_strategy="SPREAD")
+    return options.remote()
+
+
+def gpu_kinds() -> dict[str | None, float]:
+    """Kind of GPU -> how many the cluster has now, by the names that Ray gives them; None for those
+    without a name."""
+    found: dict[str | None, float] = {}
+    for node in ray.nodes():
+        if node["Alive"] and (gpus := node["Resources"].get("GPU", 0)):
+            found[_kind(node)] = found.get(_kind(node), 0) + gpus
+    return found
+
+
+def kind_at(name: str) -> str | None:
+    """The kind of the GPUs of a node, by the name that ``node_name`` gives it."""
+    address, _, start = name.partition("-")
+    here = (n for n in ray.nodes() if n["Alive"] and n["NodeManagerAddress"] == address)
+    return next((_kind(n) for n in here if n["NodeID"].startswith(start)), None)
+
+
+def _kind(node: dict[str, Any]) -> str | None:
+    names = (key.removeprefix(_KIND) for key in node["Resources"] if key.startswith(_KIND))
+    return next(names, None)
 
 
 def node_name() -> str:
@@ -295,14 +346,3 @@ def node_name() -> str:
     addresses = {n["NodeID"]: n["NodeManagerAddress"] for n in ray.nodes() if n["Alive"]}
     alone = list(addresses.values()).count(addresses[here]) == 1
     return addresses[here] if alone else f"{addresses[here]}-{here[:6]}"
-
-
-def gpu_share(need: int, total: int) -> float:
-    """The share of a GPU of ``total`` bytes for an expert of ``need``: as many as fit, evenly."""
-    fitting = int(total * GPU_HEADROOM) // max(1, need)
-    if fitting < 1:
-        raise UserError(
-            f"an expert takes {need / 1e9:.1f} GB of GPU memory, and the GPU has "
-            f"{total / 1e9:.1f} GB. Lower experts.batch_size or the network's width."
-        )
-    return 1 / min(fitting, EXPERTS_PER_GPU)
