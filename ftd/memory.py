@@ -11,7 +11,8 @@ takes is its backend's matter (``Gradients.bytes_of``); ``kept`` stays as long a
 
 A sharpness-aware step is two gradients, one after the other: it takes no more than one. Accuracy
 is cut to what the rest takes, and second order too where a limit demands it. The process itself
-comes on top (``OVERHEAD``); what cuDNN works in does not stand here, but a measurement has it.
+comes on top (``OVERHEAD``), and on CPUs what autograd's convolutions work in (``ONEDNN``). What
+cuDNN works in does not stand here, but a measurement has it.
 """
 
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING
 from ftd.backends import gradients_for
 from ftd.data.dataset import Dataset, Description
 from ftd.gradients import FLOAT, Gradients
-from ftd.networks import Network, build_network
+from ftd.networks import ConvNetSpec, Network, build_network
 
 if TYPE_CHECKING:
     from ftd.distill import DistillConfig
@@ -33,8 +34,11 @@ CLASSIFIED = 500
 SCALED = 1024
 """Training images, at most, whose standard deviation ``rmsprop`` begins with."""
 
-OVERHEAD = {"cuda": 600 * 2**20, "cpu": 700 * 10**6}
+OVERHEAD = {"cuda": 600 * 2**20, "cpu": 750 * 10**6}
 """Of a process before it has any tensors: CUDA's context; Python with PyTorch and Ray."""
+
+ONEDNN = 2
+"""Of what the first layer puts out for a batch: oneDNN's copies in an order of its own."""
 
 LEAST_ROOM = 64 * 2**20
 """Batches are not cut below this: it would save nothing beside a process's overhead."""
@@ -54,6 +58,8 @@ class Need:
 
     overhead: int
     """Of the process."""
+    scratch: int = 0
+    """What libraries work in beside tensors."""
     kept: int
     step: int
     """The largest piece of its work that is never cut: a batch's gradient."""
@@ -78,7 +84,8 @@ class Need:
         return self._with(max(self.step, min(self.second_order, LEAST_ROOM)))
 
     def _with(self, work: int) -> int:
-        return self.overhead + self.kept + max(work, min(self.accuracy, LEAST_ROOM))
+        tensors = self.kept + max(work, min(self.accuracy, LEAST_ROOM))
+        return self.overhead + self.scratch + tensors
 
 
 def room_for_expert(network: Network, data: Dataset) -> int | None:
@@ -104,6 +111,7 @@ def expert_need(
     b = min(config.batch_size, data.sizes[0])
     return Need(
         overhead=OVERHEAD[numerics.device],
+        scratch=_scratch(g.network, b, numerics),
         kept=_kept_by_expert(g.network, data, numerics.device, zca),
         step=_step(g, b, data, numerics.threads),
         accuracy=_accuracy(g, max(data.sizes[1:]), data, numerics.threads),
@@ -131,11 +139,13 @@ def trial_need(
         second = 0
     beside = side_by_side(evaluate.search_networks, numerics)
     inside = 1 if beside > 1 else threads
-    fresh = _step(g, min(evaluate.batch_size, n), data, inside)
+    e = min(evaluate.batch_size, n)
+    fresh = _step(g, e, data, inside)
     looked_at = SCALED if config.optimiser == "rmsprop" else n
     start = _prepared(min(looked_at, data.sizes[0]), data)
     return Need(
         overhead=OVERHEAD[numerics.device],
+        scratch=_scratch(g.network, max(b, beside * e), numerics),
         kept=_kept_by_trial(g.network, config, data, numerics.device, zca),
         step=max(matching, beside * fresh, start),
         second_order=second,
@@ -154,10 +164,12 @@ def final_need(
 ) -> Need:
     """What the final evaluation of a set of so many images takes, one fresh network at a time."""
     g = _gradients(network, data, numerics)
+    e = min(evaluate.batch_size, images)
     return Need(
         overhead=OVERHEAD[numerics.device],
+        scratch=_scratch(g.network, e, numerics),
         kept=_kept_by_final(g.network, images, data, numerics.device, zca),
-        step=_step(g, min(evaluate.batch_size, images), data, numerics.threads),
+        step=_step(g, e, data, numerics.threads),
         accuracy=_accuracy(g, max(data.sizes), data, numerics.threads),
     )
 
@@ -199,6 +211,14 @@ def _gradients(network: str, data: Description, numerics: "Numerics") -> Gradien
 def _step(g: Gradients, b: int, data: Description, threads: int) -> int:
     """A training step: reading and augmenting its batch, then its gradient."""
     return max(_prepared(b, data), g.bytes_of("gradient", b, threads) + 3 * b * _image(data))
+
+
+def _scratch(network: Network, n: int, numerics: "Numerics") -> int:
+    """Beside a batch of n images; native kernels copy nothing."""
+    if numerics.device != "cpu" or numerics.backend == "native":
+        return 0
+    width = ConvNetSpec.parse(network.name).width
+    return ONEDNN * FLOAT * n * network.resolution**2 * width
 
 
 def _accuracy(g: Gradients, n: int, data: Description, threads: int) -> int:

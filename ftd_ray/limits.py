@@ -5,8 +5,8 @@ import torch
 
 from ftd.memory import OVERHEAD, limit_memory
 
-CUDNN_LEAVES = 0.85
-"""Share of a worker's GPU memory that batches are cut to: cuDNN works in some of it, too."""
+LEFT = {"cuda": 0.85, "cpu": 0.5}
+"""Share of a worker's memory that is left for tensors: cuDNN works in the rest, or oneDNN."""
 
 
 def assigned(resource: str) -> float:
@@ -22,7 +22,7 @@ def limit_worker(share: float | None, booked: float) -> None:
     if share and torch.cuda.is_available():
         limit_gpu_memory(share)
     elif booked and not share:
-        limit_memory(max(1, int(booked) - OVERHEAD["cpu"]))
+        limit_memory(max(1, int(LEFT["cpu"] * (booked - OVERHEAD["cpu"]))))
     else:
         limit_memory(None)
 
@@ -33,7 +33,7 @@ def limit_gpu_memory(share: float) -> None:
     mine = for_tensors(share, total)
     if share < 1:  # else nobody is beside it
         torch.cuda.set_per_process_memory_fraction(mine / total)
-    limit_memory(int(CUDNN_LEAVES * mine))
+    limit_memory(int(LEFT["cuda"] * mine))
 
 
 def for_tensors(share: float, total: int) -> int:

@@ -120,7 +120,7 @@ def test_native_kernels_take_what_the_formula_says(
         arguments = given(network, n, "cpu")[what]
         measured = peak(lambda a=arguments: getattr(gradients, what)(*a))
         said = gradients.bytes_of(what, n)
-        assert measured <= said <= 1.5 * measured + 8 * FLOAT * network.size, (n, said / measured)
+        assert measured <= said <= 1.5 * measured + 12 * FLOAT * network.size, (n, said / measured)
 
 
 # --- workers --------------------------------------------------------------------------------
@@ -139,8 +139,12 @@ def noise(channels: int, resolution: int, classes: int, images: int) -> Dataset:
     return Dataset(description, FULL, part._normalisation, part, part, part)
 
 
+def of_tensors(need: Need) -> int:
+    return need.total - need.overhead - need.scratch
+
+
 def check(need: Need, measured: int, *, over: float = 1.3) -> None:
-    said = need.total - need.overhead
+    said = of_tensors(need)
     assert measured <= said <= over * measured, said / measured
 
 
@@ -151,7 +155,7 @@ def test_expert_takes_what_is_said_of_it(sharpness: str) -> None:
         network="ConvNetD2W32", batch_size=200, momentum=0.9, sharpness=sharpness, lr=1e-3
     )
     need = expert_need(config, data.description, EAGER)
-    limit_memory(need.total - need.overhead)
+    limit_memory(of_tensors(need))
     check(need, peak(lambda: list(train_expert(config, data, 0, epochs=1))))
 
 
@@ -194,7 +198,7 @@ def test_trial_takes_what_is_said_of_it(changes: dict[str, Any]) -> None:
     config = DistillConfig(**(common | {"optimiser": "rmsprop", "lr_init": 1e-3} | changes))
     settings = EvaluateConfig()
     need = trial_need(network, config, settings, data.description, EAGER)
-    limit_memory(need.total - need.overhead)
+    limit_memory(of_tensors(need))
     measured = peak(lambda: run_trial(config, settings, data, network))
     check(need, measured, over=2 if config.ipc == 1 else 1.4)
     least = final_need(network, config.ipc * 10, settings, data.description, EAGER)

@@ -191,7 +191,7 @@ def room() -> int | None:
 
 def test_memory_booked_for_a_worker_on_cpus_bounds_its_batches():
     limits.limit_worker(0, 2e9)
-    assert room() == 2 * 10**9 - OVERHEAD["cpu"]
+    assert room() == (2 * 10**9 - OVERHEAD["cpu"]) // 2
     limits.limit_worker(0, 1e6)
     assert room() == LEAST_ROOM
     limits.limit_worker(0, 0)

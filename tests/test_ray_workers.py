@@ -129,7 +129,7 @@ def room(spec: Any) -> int | None:
 
 
 def test_worker_keeps_its_batches_to_the_memory_that_is_booked_for_it():
-    for booked, expected in ((0, None), (2 * 10**9, 2 * 10**9 - OVERHEAD["cpu"])):
+    for booked, expected in ((0, None), (2 * 10**9, (2 * 10**9 - OVERHEAD["cpu"]) // 2)):
         pool = start_pool(1, 0, booked)
         found, _ = ray.get(taken(pool, 0).call.remote(room, None), timeout=120)
         ray.kill(pool)

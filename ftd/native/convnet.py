@@ -33,12 +33,13 @@ CHUNK = 1_500_000
 """Numbers that the first layer may put out for one chunk of images. It decides about bits, as
 kernels.c does: who changes either raises ``ftd.expert.SCHEMA_VERSION``."""
 
-_HELD: dict[Pass, tuple[float, float]] = {
-    "logits": (4, 6),
-    "gradient": (6, 11),
-    "second_order": (12.25, 15),
+_HELD: dict[Pass, tuple[float, float, float, float]] = {
+    "logits": (3, 9, 3, 6),
+    "gradient": (5.25, 9, 3, 11),
+    "second_order": (10.25, 18, 5, 15),
 }
-"""Of what the first layer puts out for a chunk, and of the parameters, what is held at the peak."""
+"""What is held at the peak: for each image of a chunk of what the first layer puts out, and of its
+pixels; for each image of the batch of its pixels; of the parameters."""
 
 _SPACE = Workspace()
 """Of all networks: a thread works on one chunk at a time."""
@@ -102,13 +103,13 @@ class NativeGradients(Gradients):
     def bytes_of(self, what: Pass, images: int, threads: int = 1) -> int:
         """What each thread works in, and every chunk's gradients until they are added up."""
         n = self.network
-        of_chunk, of_pass = _HELD[what]
+        of_layer, of_patches, of_images, of_pass = _HELD[what]
         sizes = chunk_sizes(images, self._limit, threads)
-        chunk = max(sizes) * n.resolution**2 * self._width
+        pixels = n.channels * n.resolution**2
+        of_image = of_layer * n.resolution**2 * self._width + of_patches * pixels
+        work = min(threads, len(sizes)) * max(sizes) * of_image
         grads = 0 if what == "logits" else len(sizes)
-        pixels = images * n.channels * n.resolution**2
-        work = min(threads, len(sizes)) * of_chunk * chunk
-        return int(FLOAT * (work + (of_pass + grads) * n.size + 3 * pixels))
+        return int(FLOAT * (work + of_images * images * pixels + (of_pass + grads) * n.size))
 
     def images_at_once(self, what: Pass) -> int | None:
         """Any number: its chunks are small, and of one size everywhere."""
