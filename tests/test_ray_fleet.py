@@ -607,6 +607,25 @@ def test_each_kind_of_gpu_has_the_share_that_was_measured_on_it(head, nodes, bro
     assert len(list(tmp_path.glob("measured-*"))) == 3  # the smallest kind holds none
 
 
+@pytest.mark.heavy
+def test_gpu_of_another_kind_that_joins_is_given_no_share_that_was_measured_elsewhere(
+    head, nodes, broker_for, tmp_path
+):
+    totals = {"accelerator_type:L4": 100, "accelerator_type:T4": 40}
+    nodes(num_cpus=2, num_gpus=1, resources={"accelerator_type:L4": 1})
+    handle = broker_for(tmp_path / "store", StandInBroker)
+    todo = {"gpus": None, "need": 30, "totals": totals}
+    assert ask(handle.ensure.remote(stand_in_order(tmp_path, count=1, **todo))) == [0]
+    blocker = ray.remote(ExpertActor).options(num_gpus=1).remote()
+    ask(blocker.node.remote())
+    answer = handle.ensure.remote(stand_in_order(tmp_path, count=4, **todo))
+    wait_until("actors that wait", lambda: demand(head), every=0.3)
+    nodes(num_cpus=2, num_gpus=1, resources={"accelerator_type:T4": 1})
+    assert ask(answer) == [0, 1, 2, 3]
+    ray.kill(blocker)
+    assert {share for _, share, *_ in built(tmp_path)} == {1 / 3, 1}
+
+
 def test_first_gpu_that_comes_says_which_kinds_are_measured(head, nodes, broker_for, tmp_path):
     handle = broker_for(tmp_path / "store", StandInBroker)
     order = stand_in_order(tmp_path, count=2, gpus=None, need=30)
