@@ -53,9 +53,19 @@ class Worker:
     """What to lower, where it does not fit."""
 
     @property
+    def limited(self) -> bool:
+        """Whether its batches are cut to anything."""
+        return self.gpus != 0 or self.booked > 0
+
+    @property
+    def takes(self) -> int:
+        """What it takes where it fits."""
+        return self.need.total if self.limited else self.need.uncut
+
+    @property
     def least(self) -> int:
         """What it cannot do without: second order is cut before a trial fails."""
-        return self.need.least if self.kind == "trial" else self.need.total
+        return self.need.least if self.limited and self.kind == "trial" else self.takes
 
     def fitting(self, total: int) -> int:
         """How many of them fit on a GPU of ``total`` bytes."""
@@ -104,7 +114,7 @@ def memory_lines(
     """What workers take, how many fit, and who cannot. ``machine`` is None for a cluster."""
     found = workers(config, data, experts_only=experts_only)
     takes = ", ".join(
-        f"{'an' if w.kind == 'expert' else 'a'} {w.kind} {size_text(w.need.total)}"
+        f"{'an' if w.kind == 'expert' else 'a'} {w.kind} {size_text(w.takes)}"
         + (" of a GPU" if w.gpus != 0 else "")
         for w in found
     )

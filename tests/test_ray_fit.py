@@ -181,6 +181,13 @@ def test_a_worker_with_a_given_share_fits_as_often_as_the_share_says():
     assert Worker("expert", need, None, 0, "").fitting(11 * 10**9) == 3
 
 
+def test_worker_that_nothing_limits_takes_what_its_largest_batch_does():
+    need = Need(overhead=10**9, kept=0, step=10**9, second_order=3 * 10**9, accuracy=5 * 10**9)
+    free, booked = Worker("trial", need, 0, 0, ""), Worker("trial", need, 0, 1, "")
+    assert (free.takes, free.least) == (6 * 10**9, 6 * 10**9)
+    assert (booked.takes, booked.least) == (4 * 10**9, 2 * 10**9)
+
+
 # --- what a worker is kept to ---------------------------------------------------------------
 
 

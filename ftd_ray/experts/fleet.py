@@ -330,9 +330,11 @@ def gpu_kinds() -> dict[str | None, float]:
 
 def kind_at(name: str) -> str | None:
     """The kind of the GPUs of a node, by the name that ``node_name`` gives it."""
-    address, _, start = name.partition("-")
-    here = (n for n in ray.nodes() if n["Alive"] and n["NodeManagerAddress"] == address)
-    return next((_kind(n) for n in here if n["NodeID"].startswith(start)), None)
+    for node in ray.nodes():
+        address = node["NodeManagerAddress"]
+        if node["Alive"] and name in (address, f"{address}-{node['NodeID'][:6]}"):
+            return _kind(node)
+    return None
 
 
 def _kind(node: dict[str, Any]) -> str | None:
