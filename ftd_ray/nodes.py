@@ -11,6 +11,7 @@ from typing import Any
 
 import ray
 
+from ftd_ray.autoscaler import GPU_KIND
 from ftd_ray.storage import PlaceError
 
 FAILURES = 3
@@ -110,13 +111,18 @@ def nodes_alive() -> set[str]:
     return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
 
-def nodes_able(cpus: float, gpus: float, memory: int) -> set[str]:
-    """Nodes on which an actor of that size has room, once nothing else is there."""
+def nodes_able(cpus: float, gpus: float, memory: int, kind: str | None = None) -> set[str]:
+    """Nodes on which an actor of that size has room, once nothing else is there.
+
+    With a ``kind`` of GPU, only those that have it.
+    """
     size = {"CPU": cpus, "GPU": gpus, "memory": memory}
     return {
         node["NodeID"]
         for node in ray.nodes()
-        if node["Alive"] and all(node["Resources"].get(k, 0.0) >= v for k, v in size.items() if v)
+        if node["Alive"]
+        and all(node["Resources"].get(k, 0.0) >= v for k, v in size.items() if v)
+        and (kind is None or GPU_KIND + kind in node["Resources"])
     }
 
 

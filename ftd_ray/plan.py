@@ -13,6 +13,7 @@ from ftd.trajectory import PART_EPOCHS, ExpertSet
 from ftd_ray.config import SweepConfig
 from ftd_ray.dataplan import data_lines
 from ftd_ray.earlier import Earlier
+from ftd_ray.fit import Machine, memory_lines
 from ftd_ray.pictures import short_names
 from ftd_ray.presets import StartPoint, start_points
 from ftd_ray.progress import describe_params
@@ -101,8 +102,11 @@ class Plan:
             path = os.path.dirname(path)
         return shutil.disk_usage(path).free
 
-    def text(self, lacking: list[str]) -> str:
-        """The plan in lines; ``lacking`` are resources that this machine or cluster lacks."""
+    def text(self, lacking: list[str], machine: Machine | None = None) -> str:
+        """The plan in lines; ``lacking`` are resources that this machine or cluster lacks.
+
+        ``machine`` is where it would run, if that is here.
+        """
         c = self.config
         optimisers = " or ".join(dict.fromkeys(c.values_of("distill.optimiser")))
         lines = [
@@ -121,6 +125,7 @@ class Plan:
             f"resources  {_expert_text(c)}, "
             f"a trial {_res(r.cpus_per_trial, r.gpus_per_trial, r.trial_memory)}",
             *_backend_lines(r.expert_numerics, r.trial_numerics),
+            *memory_lines(c, self.data, machine),
         ]
         lines += [f"  missing here: {what}" for what in lacking]
         lines += [
@@ -130,7 +135,7 @@ class Plan:
         ]
         return "\n".join(lines)
 
-    def experts_text(self, lacking: list[str]) -> str:
+    def experts_text(self, lacking: list[str], machine: Machine | None = None) -> str:
         """The part of the plan that is about experts, for filling a store ahead of a sweep."""
         c, r = self.config, self.config.resources
         lines = [
@@ -138,6 +143,7 @@ class Plan:
             *self._expert_lines(),
             f"resources  {_expert_text(c)}",
             *_backend_lines(r.expert_numerics),
+            *memory_lines(c, self.data, machine, experts_only=True),
         ]
         lines += [f"  missing here: {what}" for what in lacking]
         lines += [

@@ -120,7 +120,7 @@ class TrialWorker(OnNode):
         try:
             with faults_of_the_node(gpus_here()):
                 if self._spec is not None:
-                    self.check(self._spec.numerics)
+                    self._settle(self._spec.numerics)
                 report = next(self._reports)
         except BaseException:
             self._spec = None  # what is asked for next, begins at the checkpoint
@@ -132,9 +132,16 @@ class TrialWorker(OnNode):
         """What a function makes of a specification, and the seconds that it took."""
         self._forget()
         with faults_of_the_node(gpus_here()):
-            self.check(spec.numerics)
+            self._settle(spec.numerics)
             began = time.perf_counter()
             return function(spec), time.perf_counter() - began
+
+    def _settle(self, numerics: Any) -> None:
+        """Keeps to this worker's part of memory; then work may begin."""
+        from ftd_ray.limits import assigned, limit_worker
+
+        limit_worker(assigned("GPU"), assigned("memory"))
+        self.check(numerics)
 
     def check(self, numerics: Any) -> None:
         """Raises NodeFault where the device does not compute what it should."""

@@ -57,7 +57,7 @@ from ftd.trajectory import PART_EPOCHS
 from ftd_ray.experts import fleet
 from ftd_ray.experts.__main__ import main
 from ftd_ray.experts.client import BrokerClient
-from ftd_ray.experts.fleet import EXPERTS_PER_GPU, GPU_HEADROOM, ExpertActor, gpu_share
+from ftd_ray.experts.fleet import ExpertActor
 from ftd_ray.experts.orders import FleetStatus, SetStatus, Urgency
 from ftd_ray.experts.room import room_for
 from ftd_ray.store import TrajectoryStore
@@ -476,7 +476,10 @@ class StandIn:
         todo = pickle.loads(work)
         if todo.get("dies") and self.first(todo, "measured"):
             os._exit(1)
-        return todo["need"], 100
+        mine = ray.get_runtime_context().get_assigned_resources()
+        (Path(todo["folder"]) / f"measured-{time.time_ns()}").write_text(repr(mine))
+        kinds = [k for k in mine if k.startswith("accelerator_type:")]
+        return todo["need"], todo.get("totals", {}).get(*kinds, 100) if kinds else 100
 
     def build(
         self, work: bytes, key: str, index: int, share: float | None, broker: Any
@@ -535,17 +538,6 @@ def most_at_once(builds: list[tuple[str, float, float, float]], gpu: str) -> int
     return max(sum(o[2] <= b[2] < o[3] for o in ours) for b in ours)
 
 
-def test_share_of_a_gpu_is_that_of_as_many_experts_as_fit():
-    full = int(100e9 * GPU_HEADROOM)
-    assert gpu_share(full, int(100e9)) == 1
-    assert gpu_share(full // 2, int(100e9)) == 1 / 2
-    assert gpu_share(full // 2 + 1, int(100e9)) == 1
-    assert gpu_share(full // 3, int(100e9)) == 1 / 3
-    assert gpu_share(1, int(100e9)) == gpu_share(0, int(100e9)) == 1 / EXPERTS_PER_GPU
-    with pytest.raises(UserError, match=r"takes 92\.1 GB of GPU memory.*has 100\.0 GB"):
-        gpu_share(full + int(0.1e9), int(100e9))
-
-
 def test_room_is_that_of_the_nodes_that_stand(head, nodes):
     assert room_for(1, 0) == 1  # so that there is demand
     nodes(num_cpus=2, num_gpus=1)
@@ -599,6 +591,64 @@ def test_experts_that_do_not_fit_their_share_get_one_neighbour_less(
     order = stand_in_order(tmp_path, count=6, gpus=None, need=20, fits=1 / 3)
     assert ask(handle.ensure.remote(order)) == list(range(6))
     assert {share for _, share, _, _ in built(tmp_path)} == {1 / 3}
+
+
+@pytest.mark.heavy
+def test_each_kind_of_gpu_has_the_share_that_was_measured_on_it(head, nodes, broker_for, tmp_path):
+    totals = {"accelerator_type:T4": 40, "accelerator_type:A10G": 100, "accelerator_type:K80": 20}
+    for kind in totals:
+        nodes(num_cpus=2, num_gpus=1, resources={kind: 1})
+    nodes(num_cpus=2, num_gpus=1)  # of no name: nothing that was measured may be applied to it
+    addresses = {}
+    for n in ray.nodes():
+        kinds = [k for k in n["Resources"] if k in totals]
+        if n["Alive"] and n["Resources"].get("GPU"):
+            addresses[n["NodeID"][:6]] = kinds[0] if kinds else None
+    handle = broker_for(tmp_path / "store", StandInBroker)
+    order = stand_in_order(tmp_path, count=12, gpus=None, need=30, totals=totals)
+    assert ask(handle.ensure.remote(order)) == list(range(12))
+    where = [(gpu.split()[0].split("-")[-1], share) for gpu, share, *_ in built(tmp_path)]
+    found = {(addresses[node], share) for node, share in where}
+    assert found == {("accelerator_type:T4", 1), ("accelerator_type:A10G", 1 / 3)}
+    assert len(list(tmp_path.glob("measured-*"))) == 3  # the smallest kind holds none
+
+
+@pytest.mark.heavy
+def test_gpu_of_another_kind_that_joins_is_given_no_share_that_was_measured_elsewhere(
+    head, nodes, broker_for, tmp_path
+):
+    totals = {"accelerator_type:L4": 100, "accelerator_type:T4": 40}
+    nodes(num_cpus=2, num_gpus=1, resources={"accelerator_type:L4": 1})
+    handle = broker_for(tmp_path / "store", StandInBroker)
+    todo = {"gpus": None, "need": 30, "totals": totals}
+    assert ask(handle.ensure.remote(stand_in_order(tmp_path, count=1, **todo))) == [0]
+    blocker = ray.remote(ExpertActor).options(num_gpus=1).remote()
+    ask(blocker.node.remote())
+    answer = handle.ensure.remote(stand_in_order(tmp_path, count=4, **todo))
+    wait_until("actors that wait", lambda: demand(head), every=0.3)
+    nodes(num_cpus=2, num_gpus=1, resources={"accelerator_type:T4": 1})
+    assert ask(answer) == [0, 1, 2, 3]
+    ray.kill(blocker)
+    assert {share for _, share, *_ in built(tmp_path)} == {1 / 3, 1}
+
+
+def test_first_gpu_that_comes_says_which_kinds_are_measured(head, nodes, broker_for, tmp_path):
+    handle = broker_for(tmp_path / "store", StandInBroker)
+    order = stand_in_order(tmp_path, count=2, gpus=None, need=30)
+    answer = handle.ensure.remote(order)
+    wait_until("demand", lambda: {"CPU": 0.1, "GPU": 1.0} in demand(head), every=0.3)
+    nodes(num_cpus=2, num_gpus=1, resources={"accelerator_type:L4": 1})
+    assert ask(answer) == [0, 1]
+    (measured,) = tmp_path.glob("measured-*")
+    assert "accelerator_type:L4" in measured.read_text()
+    assert {share for _, share, *_ in built(tmp_path)} == {1 / 3}
+
+
+def test_share_that_was_given_is_kept_to_as_well(head, nodes, broker_for, tmp_path):
+    nodes(num_cpus=2, num_gpus=1)
+    handle = broker_for(tmp_path / "store", StandInBroker)
+    assert ask(handle.ensure.remote(stand_in_order(tmp_path, count=2, gpus=0.5))) == [0, 1]
+    assert {share for _, share, *_ in built(tmp_path)} == {0.5}
 
 
 @pytest.mark.parametrize(

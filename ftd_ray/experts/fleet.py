@@ -12,7 +12,7 @@ import math
 import pickle
 import time
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from ftd.errors import UserError
+from ftd_ray.autoscaler import GPU_KIND
 from ftd_ray.experts.orders import GpuFull, Urgency
 from ftd_ray.experts.room import room_for
 from ftd_ray.node_faults import NodeFault, faults_of_the_node, gpus_here
@@ -40,10 +41,10 @@ RECOUNT_SECONDS = 2
 AHEAD_SECONDS = 20
 """An actor stays to build ahead when all of that takes no longer: about what it costs to make way
 for trials and to start again, on each core."""
-GPU_HEADROOM = 0.92
-"""Share of a GPU's memory that experts together may fill."""
-EXPERTS_PER_GPU = 8
-"""At most, however small they are: more only wait for each other."""
+
+
+class OtherKind(Exception):
+    """There are only GPUs of other kinds than the one that the share was measured on."""
 
 
 FAULTS = RayError | NodeFault | GpuFull
@@ -64,12 +65,12 @@ class ExpertActor:
 
         Returns the seconds that it took, None if there was nothing left to train.
         """
-        from ftd_ray.experts.build import build_expert, limit_gpu_memory
+        from ftd_ray.experts.build import build_expert
+        from ftd_ray.limits import assigned, limit_worker
 
         request, gpus = pickle.loads(work), gpus_here()
         with faults_of_the_node(gpus):
-            if share is not None:
-                limit_gpu_memory(share)
+            limit_worker(share, assigned("memory"))
             self.check(request.numerics)
         began, trained = time.monotonic(), False
 
@@ -143,7 +144,10 @@ class Worker:
 class Fleet:
     """Expert actors of (cpus, gpus, memory) each. Lives in the event loop of the broker.
 
-    ``share`` limits each to that share of its GPU's memory.
+    ``share`` limits each to that share of its GPU's memory. One that is ``measured`` holds for GPUs
+    of ``kind``: actors are ``bound`` to that kind where the cluster has others; where it has not,
+    they ask for any GPU, since an autoscaler may know no kinds, and one that comes to lie on
+    another takes no build. Nor does any when that kind has gone: OtherKind says so.
     """
 
     def __init__(
@@ -153,11 +157,16 @@ class Fleet:
         memory: int = 0,
         *,
         share: float | None = None,
+        measured: bool = False,
+        kind: str | None = None,
+        bound: bool = False,
         actor: type = ExpertActor,
-        room: Callable[[float, float, int], float] | None = None,
+        room: Callable[[float, float, int, str | None], float] | None = None,
         health: Health | None = None,
     ) -> None:
         self.size, self._share = (cpus, gpus, memory), share
+        self.kind, self._measured = kind, measured
+        self._only = kind if bound else None
         self._health = health or Health()
         self._actor, self._room = actor, room or room_for
         self._queue: list[Build] = []
@@ -179,6 +188,11 @@ class Fleet:
             build.rank = rank
             heapq.heapify(self._queue)
             self._attend()
+
+    @property
+    def load(self) -> int:
+        """Builds that wait or are under way."""
+        return len(self._queue) + sum(w.build is not None for w in self.workers)
 
     def drop(self, build: Build) -> None:
         """Nobody wants it any more. What its actor has published stays."""
@@ -224,7 +238,8 @@ class Fleet:
         while self._due() or self.workers:
             self._wake.clear()
             with contextlib.suppress(Exception):  # the cluster does not answer just now
-                room = await asyncio.to_thread(self._room, *self.size)
+                room = await asyncio.to_thread(self._room, *self.size, self._only)
+                await self._leave_a_kind_that_went()
             try:
                 self._adjust(room)
             except Exception as error:  # askers must hear of it
@@ -239,8 +254,8 @@ class Fleet:
         limits = [math.inf if b.at_once is None else b.at_once for b in (*busy, *due)]
         wanted = int(min(room, len(busy) + len(due), max(limits, default=0)))
         for _ in range(wanted - len(self.workers)):
-            apart = self._health.avoid(nodes_able(*self.size))
-            worker = Worker(start_actor(*self.size, self._actor, apart))
+            apart = self._health.avoid(nodes_able(*self.size, self._only))
+            worker = Worker(start_actor(*self.size, self._actor, apart, self._only))
             self.workers.add(worker)
             worker.life = asyncio.create_task(self._live(worker))
         surplus = [w for w in self.workers if w.node is None]
@@ -257,6 +272,12 @@ class Fleet:
         try:
             worker.node = await worker.actor.node.remote()
             self._failed_starts = 0
+            if self.kind is not None and await asyncio.to_thread(
+                has_others, worker.node, self.kind
+            ):
+                if (build := self._next()) is not None:  # it has a share of its own there
+                    self._give_back([build], OtherKind(f"a GPU is not of the kind {self.kind}"))
+                return
             end = time.monotonic() + LEASE_SECONDS
             while worker in self.workers and time.monotonic() < end and (build := self._next()):
                 worker.build, build.worker = build, worker
@@ -277,7 +298,7 @@ class Fleet:
             seconds = await actor.build.remote(build.work, build.key, build.index, self._share, me)
         except Exception as error:
             cause = error.cause if isinstance(error, RayTaskError) else error
-            elsewhere = RayError | NodeFault if self._share is not None else FAULTS
+            elsewhere = RayError | NodeFault if self._measured else FAULTS
             if isinstance(cause, elsewhere):
                 raise cause from None  # the build may be tried again
             if not build.done.done():
@@ -320,12 +341,28 @@ class Fleet:
                 )
             )
 
+    async def _leave_a_kind_that_went(self) -> None:
+        """Gives all builds back that wait for a kind of GPU of which none is left but others are.
+
+        Nodes that are left out count for nothing.
+        """
+        if self._only is not None:
+            kinds = await asyncio.to_thread(gpu_kinds, self._health.left_out)
+            if kinds and self._only not in kinds:
+                queue, self._queue = self._queue, []
+                self._give_back(queue, OtherKind(f"no GPU is of the kind {self.kind} any more"))
+
+    @staticmethod
+    def _give_back(builds: Iterable[Build], error: Exception) -> None:
+        """They cannot be built here."""
+        for build in builds:
+            if not build.done.done():
+                build.done.set_exception(error)
+
     def _failed_start(self, error: Exception) -> None:
         if isinstance(error, NothingLeft):
             queue, self._queue = self._queue, []
-            for build in queue:
-                if not build.done.done():
-                    build.done.set_exception(error)
+            self._give_back(queue, error)
             return
         self._failed_starts += 1
         if self._failed_starts < ATTEMPTS or not self._due():
@@ -345,11 +382,39 @@ def start_actor(
     memory: int,
     actor: type = ExpertActor,
     avoid: Collection[str] = (),
+    kind: str | None = None,
 ) -> Any:
-    """A new expert actor, spread over the nodes but those to ``avoid``; it may have to wait."""
-    size = {"num_cpus": cpus, "num_gpus": gpus, "memory": memory}
+    """A new expert actor, spread over the nodes but those to ``avoid``; it may have to wait.
+
+    With ``kind`` only GPUs of that kind are a place for it.
+    """
+    size = {"num_cpus": cpus, "num_gpus": gpus, "memory": memory, "accelerator_type": kind}
     options = size | {"scheduling_strategy": "SPREAD"} | beside(avoid)
     return ray.remote(actor).options(**options).remote()
+
+
+def gpu_kinds(left_out: Collection[str] = ()) -> dict[str | None, float]:
+    """Kind of GPU -> how many the cluster has now, but for nodes that are ``left_out``.
+
+    By the names that Ray gives them; None for those without a name.
+    """
+    found: dict[str | None, float] = {}
+    for node in ray.nodes():
+        gpus = node["Resources"].get("GPU", 0)
+        if node["Alive"] and gpus and node["NodeID"] not in left_out:
+            found[_kind(node)] = found.get(_kind(node), 0) + gpus
+    return found
+
+
+def has_others(name: str, kind: str | None) -> bool:
+    """Whether the GPUs of a node are of another kind; ``name`` is what ``node_name`` gives it."""
+    here = node_ids().get(name)  # None of one that is gone
+    return any(node["NodeID"] == here and _kind(node) != kind for node in ray.nodes())
+
+
+def _kind(node: dict[str, Any]) -> str | None:
+    names = (key.removeprefix(GPU_KIND) for key in node["Resources"] if key.startswith(GPU_KIND))
+    return next(names, None)
 
 
 def node_name() -> str:
@@ -363,14 +428,3 @@ def node_ids() -> dict[str, str]:
     addresses = {n["NodeID"]: n["NodeManagerAddress"] for n in ray.nodes() if n["Alive"]}
     shared = Counter(addresses.values())
     return {a if shared[a] == 1 else f"{a}-{node[:6]}": node for node, a in addresses.items()}
-
-
-def gpu_share(need: int, total: int) -> float:
-    """The share of a GPU of ``total`` bytes for an expert of ``need``: as many as fit, evenly."""
-    fitting = int(total * GPU_HEADROOM) // max(1, need)
-    if fitting < 1:
-        raise UserError(
-            f"an expert takes {need / 1e9:.1f} GB of GPU memory, and the GPU has "
-            f"{total / 1e9:.1f} GB. Lower experts.batch_size or the network's width."
-        )
-    return 1 / min(fitting, EXPERTS_PER_GPU)
