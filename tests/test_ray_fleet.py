@@ -60,6 +60,7 @@ from ftd_ray.experts.client import BrokerClient
 from ftd_ray.experts.fleet import ExpertActor
 from ftd_ray.experts.orders import FleetStatus, SetStatus, Urgency
 from ftd_ray.experts.room import room_for
+from ftd_ray.nodes import nodes_able
 from ftd_ray.store import TrajectoryStore
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers have no tests
@@ -544,6 +545,10 @@ def test_room_is_that_of_the_nodes_that_stand(head, nodes):
     nodes(num_cpus=1, num_gpus=2)
     assert [room_for(*size) for size in ((1, 0), (0.5, 0), (2, 0), (64, 0))] == [3, 6, 1, 1]
     assert [room_for(*size) for size in ((1, 1), (0.5, 0.5), (0.25, 0.3))] == [2, 4, 7]
+    named = nodes(num_cpus=2, num_gpus=1, resources={"accelerator_type:L4": 1})
+    assert [room_for(0.5, 0.5, 0, kind) for kind in (None, "L4", "T4")] == [6, 2, 1]
+    assert nodes_able(1, 0.5, 0, "L4") == {named.node_id} < nodes_able(1, 0.5, 0)
+    assert nodes_able(1, 0.5, 0, "T4") == set()
 
 
 @pytest.mark.heavy
@@ -632,11 +637,27 @@ def test_gpu_of_another_kind_that_joins_is_given_no_share_that_was_measured_else
     assert {share for _, share, *_ in built(tmp_path)} == {1 / 3, 1}
 
 
+@pytest.mark.heavy
+def test_experts_whose_kind_of_gpu_goes_are_built_on_another(head, nodes, broker_for, tmp_path):
+    totals = {"accelerator_type:L4": 100, "accelerator_type:T4": 40}
+    named = [nodes(num_cpus=2, num_gpus=1, resources={kind: 1}) for kind in totals]
+    handle = broker_for(tmp_path / "store", StandInBroker)
+    todo = {"gpus": None, "need": 30, "totals": totals}
+    assert ask(handle.ensure.remote(stand_in_order(tmp_path, count=1, **todo))) == [0]
+    blocker = ray.remote(ExpertActor).options(num_gpus=1, accelerator_type="T4").remote()
+    ask(blocker.node.remote())
+    answer = handle.ensure.remote(stand_in_order(tmp_path, count=8, **todo))
+    wait_until("actors that wait", lambda: demand(head), every=0.3)
+    head.remove_node(named[1])
+    assert ask(answer) == list(range(8))
+
+
 def test_first_gpu_that_comes_says_which_kinds_are_measured(head, nodes, broker_for, tmp_path):
     handle = broker_for(tmp_path / "store", StandInBroker)
     order = stand_in_order(tmp_path, count=2, gpus=None, need=30)
     answer = handle.ensure.remote(order)
     wait_until("demand", lambda: {"CPU": 0.1, "GPU": 1.0} in demand(head), every=0.3)
+    assert (len(demand(head)), fleet_status(handle).starting) == (1, 1)  # for both experts
     nodes(num_cpus=2, num_gpus=1, resources={"accelerator_type:L4": 1})
     assert ask(answer) == [0, 1]
     (measured,) = tmp_path.glob("measured-*")
