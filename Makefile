@@ -4,7 +4,7 @@ PORT ?= 5000
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: sweep test test-heavy lint bench ui docs clean
+.PHONY: sweep test test-heavy test-unproven lint bench ui docs clean
 
 sweep: $(READY)  ## search on the bundled digits, to the end; goes on if it was interrupted
 	$(BIN)/python -m ftd_ray.sweep sweeps/digits.yaml --resume $(ARGS)
@@ -14,6 +14,10 @@ test: $(READY) lint  ## lint, types and every test that is not heavy
 
 test-heavy: $(READY)  ## the tests that take minutes
 	$(BIN)/python tests/run_lanes.py heavy $(ARGS)
+
+test-unproven: $(READY)  ## heavy tests that have not been seen to pass yet: of a whole cluster, above all
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,lab]'
+	$(BIN)/python -m pytest -m unproven --timeout 900 $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -320,6 +320,8 @@ def render(results: dict[str, Any]) -> list[str]:
         + ", ".join(f"{k} {' / '.join(map(str, v))}" for k, v in SPACE.items())
         + f"; {EXPERTS} experts of {EPOCHS} epochs; initial eta 0.01 for SGD, searched by rmsprop.",
     ]
+    if "since" in results:  # what was measured of a later form, in words, until the next run
+        lines += ["", results["since"]]
     if results["missing"]:
         lines.append(f"Not measured: {results['missing']} of the benchmark's cases.")
     if results["curves"]:

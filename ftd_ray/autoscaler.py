@@ -22,13 +22,17 @@ import yaml
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from ftd_ray.nodes import GPU_KIND, standing_nodes
+
 T = TypeVar("T")
 
 OPTION = "--autoscaling-config"
 LOOK_SECONDS = 60
 """A cluster's file may change while it runs; it is read again after so long."""
-GPU_KIND = "accelerator_type:"
-"""Before the name of a node's GPUs, among its resources."""
+LOG_BYTES = 2**20
+"""So much of the end of the autoscaler's log is looked through."""
+FAILED = "Failed to launch "
+"""Comes before what it could not start, and why."""
 ANSWER_SECONDS = 120
 """The head, or Ray's own command, is waited for so long."""
 
@@ -111,21 +115,43 @@ def read_file(config: dict[str, Any]) -> Autoscaler:
     return Autoscaler(tuple(types), most)
 
 
-def look(gcs_address: str) -> Autoscaler | None:
-    """What this machine, on which the head of that cluster runs, shows of its autoscaler."""
+def _options(gcs_address: str) -> dict[str, str]:
+    """Those of the autoscaler's process of that cluster, if it runs on this machine."""
     port = gcs_address.rpartition(":")[2]
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             words = dict(w.split("=", 1) for w in process.cmdline() if w[:2] == "--" and "=" in w)
             if OPTION in words and words.get("--gcs-address", "").endswith(f":{port}"):
-                try:
-                    with open(os.path.expanduser(words[OPTION])) as f:
-                        return read_file(yaml.safe_load(f))
-                except (OSError, yaml.YAMLError, AttributeError):
-                    return Autoscaler()
+                return words
+    return {}
+
+
+def look(gcs_address: str) -> Autoscaler | None:
+    """What this machine, on which the head of that cluster runs, shows of its autoscaler."""
+    options = _options(gcs_address)
+    if options:
+        try:
+            with open(os.path.expanduser(options[OPTION])) as f:
+                return read_file(yaml.safe_load(f))
+        except (OSError, yaml.YAMLError, AttributeError):
+            return Autoscaler()
     if "--no-monitor" in os.environ.get("KUBERAY_GEN_RAY_START_CMD", ""):
         return Autoscaler()
     return None
+
+
+def last_failure(gcs_address: str) -> str:
+    """What the autoscaler on this machine has written of the last node that it could not start.
+
+    ``ray status`` does not say what the cloud had answered.
+    """
+    log = os.path.join(_options(gcs_address).get("--logs-dir", ""), "monitor.log")
+    with contextlib.suppress(OSError), open(log, "rb") as f:
+        f.seek(max(0, os.path.getsize(log) - LOG_BYTES))
+        lines = f.read().decode(errors="replace").splitlines()
+        found = [line for line in lines if FAILED in line]
+        return found[-1].partition(FAILED)[2].strip() if found else ""
+    return ""
 
 
 def of_late(find: Callable[[], T]) -> Callable[[], T | None]:
@@ -151,31 +177,39 @@ def of_late(find: Callable[[], T]) -> Callable[[], T | None]:
 @of_late
 def find_autoscaler() -> Autoscaler | None:
     """The autoscaler of the cluster that this process has joined."""
+    return _on_head(look)
+
+
+def _on_head(function: Callable[[str], T]) -> T:
+    """What a function of the cluster's address says on the cluster's head."""
     context = ray.get_runtime_context()
     head = head_node()
     if head in (None, context.get_node_id()):
-        return look(context.gcs_address)
+        return function(context.gcs_address)
     place = NodeAffinitySchedulingStrategy(head, soft=False)
-    task = ray.remote(look).options(num_cpus=0, scheduling_strategy=place)
+    task = ray.remote(function).options(num_cpus=0, scheduling_strategy=place)
     return ray.get(task.remote(context.gcs_address), timeout=ANSWER_SECONDS)
 
 
 @of_late
 def head_node() -> str | None:
     """The id of the cluster's head: the one node that no autoscaler takes away."""
-    heads = [n for n in ray.nodes() if n["Alive"] and "node:__internal_head__" in n["Resources"]]
+    heads = [n for n in standing_nodes() if "node:__internal_head__" in n["Resources"]]
     return heads[0]["NodeID"] if heads else None
 
 
 def status_words() -> str:
-    """What ``ray status`` says of nodes that do not come, in a line."""
+    """What ``ray status`` and the autoscaler's log say of nodes that do not come, in a line."""
     command = [sys.executable, "-m", "ray.scripts.scripts", "status", "--verbose"]
     command += ["--address", ray.get_runtime_context().gcs_address]
     try:
         said = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_SECONDS)
     except subprocess.TimeoutExpired:
         return "ray status does not answer"
-    return read_status(said.stdout)
+    failure = ""
+    with contextlib.suppress(RayError):
+        failure = _on_head(last_failure)
+    return read_status(said.stdout) + (f"; last: {failure}" if failure else "")
 
 
 def read_status(text: str) -> str:

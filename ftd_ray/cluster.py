@@ -15,6 +15,7 @@ from ftd.errors import UserError
 from ftd_ray.autoscaler import Autoscaler, find_autoscaler
 from ftd_ray.config import SweepConfig
 from ftd_ray.local import ask_for_token
+from ftd_ray.nodes import standing_nodes
 from ftd_ray.plan import Need, needs
 from ftd_ray.storage import is_local, join, write_bytes
 
@@ -82,7 +83,7 @@ def check_cluster(config: SweepConfig, *, experts_only: bool = False) -> Autosca
     worker, or when local places are not shared. With ``experts_only`` trials and the sweep's folder
     do not matter.
     """
-    nodes = [n for n in ray.nodes() if n["Alive"]]
+    nodes = standing_nodes()
     autoscaler = find_autoscaler()
     for need in needs(config, experts_only=experts_only):
         _check_held(need, [n["Resources"] for n in nodes], autoscaler)

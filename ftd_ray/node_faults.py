@@ -4,14 +4,13 @@ CUDA that fails, memory of a GPU that strangers hold, a data set that is not the
 full: such work is done again elsewhere. Where the store or the sweep's own folder is out of reach,
 that is a ``PlaceError``, and memory that the work itself is too large for is its own.
 
-This module imports no torch until there is an error to look at: light processes import it.
+This module imports no torch until there is an error to look at, and Ray only in workers: light
+processes import it.
 """
 
 import contextlib
 import re
 from collections.abc import Iterator
-
-import ray
 
 from ftd.errors import UserError
 
@@ -68,8 +67,10 @@ def needs_the_data() -> Iterator[None]:
 
 
 def gpus_here() -> float:
-    """GPUs that this process was given; 0 where it is none of Ray's."""
-    if not ray.is_initialized():
+    """GPUs that this process was given; 0 where it is no actor."""
+    import ray
+
+    if not ray.is_initialized() or ray.get_runtime_context().get_actor_id() is None:
         return 0.0
     return float(ray.get_runtime_context().get_assigned_resources().get("GPU", 0.0))
 

@@ -11,9 +11,10 @@ from typing import Any
 
 import ray
 
-from ftd_ray.autoscaler import GPU_KIND
 from ftd_ray.storage import PlaceError
 
+GPU_KIND = "accelerator_type:"
+"""Before the name of a node's GPUs, among its resources."""
 FAILURES = 3
 """In a row, after which a node is left out. One may be chance, and a second its echo: the next work
 meets what the first one left. A third in fresh processes, with nothing done in between, is the
@@ -106,9 +107,9 @@ def address_of(node: str) -> str:
     return f"{known.get(node, 'unknown')} ({node[:8]})"
 
 
-def nodes_alive() -> set[str]:
-    """Ids of the cluster's nodes."""
-    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+def standing_nodes() -> list[dict[str, Any]]:
+    """The cluster's nodes as Ray describes them, without those that are gone."""
+    return [node for node in ray.nodes() if node["Alive"]]
 
 
 def nodes_able(cpus: float, gpus: float, memory: int, kind: str | None = None) -> set[str]:
@@ -119,9 +120,8 @@ def nodes_able(cpus: float, gpus: float, memory: int, kind: str | None = None) -
     size = {"CPU": cpus, "GPU": gpus, "memory": memory}
     return {
         node["NodeID"]
-        for node in ray.nodes()
-        if node["Alive"]
-        and all(node["Resources"].get(k, 0.0) >= v for k, v in size.items() if v)
+        for node in standing_nodes()
+        if all(node["Resources"].get(k, 0.0) >= v for k, v in size.items() if v)
         and (kind is None or GPU_KIND + kind in node["Resources"])
     }
 

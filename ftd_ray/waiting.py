@@ -15,6 +15,7 @@ from ray.exceptions import RayError
 from ftd_ray.autoscaler import Autoscaler, status_words
 from ftd_ray.config import SweepConfig
 from ftd_ray.experts.orders import FleetStatus
+from ftd_ray.nodes import standing_nodes
 from ftd_ray.plan import Need, needs
 from ftd_ray.storage import is_local
 
@@ -72,7 +73,7 @@ class NodeWatch:
     def announce(self) -> None:
         """Says what the autoscaler will be asked for, if there is one."""
         if self._autoscaler is not None:
-            nodes = sum(n["Alive"] for n in ray.nodes())
+            nodes = len(standing_nodes())
             asked = asked_text(self._config, self._autoscaler, experts_only=self._experts_only)
             self._say(f"nodes      {nodes} now. {asked}")
             places = {"store.uri": self._config.store.uri, "output.dir": self._config.output_dir}

@@ -30,7 +30,7 @@ from ftd.trajectory import DamagedError
 from ftd_ray.cache import CachedExperts
 from ftd_ray.experts.orders import ExpertOrder
 from ftd_ray.node_faults import GpuMemory, NodeFault, faults_of_the_node, gpus_here
-from ftd_ray.nodes import Health, beside, nodes_able, nodes_alive
+from ftd_ray.nodes import Health, beside, nodes_able, standing_nodes
 from ftd_ray.storage import PlaceError
 
 if TYPE_CHECKING:
@@ -260,7 +260,7 @@ class WorkerPool:
             return fault is None
         if fault is None:
             self._health.suspect(node)
-            return node in nodes_alive()
+            return any(node == n["NodeID"] for n in standing_nodes())
         own = fault.kind == "gpu"
         self._health.failed(node, number, fault.reason, own=own)
         self._end_left_out()

@@ -84,7 +84,6 @@ def autoscaling_cluster(
     path = folder / "cluster.yaml"
     path.write_text(json.dumps(file))
     env = dict(os.environ) | {
-        "RAY_AUTH_MODE": "disabled",
         "RAY_FAKE_CLUSTER": "1",
         "RAY_enable_autoscaler_v2": str(int(v2)),
         "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID,

@@ -37,8 +37,8 @@ TRACKING = "http://127.0.0.1:5000"
 DASHBOARD = "http://127.0.0.1:8265"
 """Both listen on the head alone, where the sweep's driver runs."""
 
-LEFT_OUT = (".venv", ".git", "runs", "store", "data", "mlflow.db*", "mlartifacts", "*cache*")
-"""What lies in a checkout and is not the project."""
+LEFT_OUT = (".venv", ".git", "runs", "store", "data", "mlflow.db*", "mlartifacts", ".*_cache")
+"""What lies at the top of a checkout and is not the project."""
 
 SECONDS = 600
 """After which a cluster or a sweep is taken for hung."""
@@ -48,7 +48,8 @@ JOIN_SECONDS = 90
 
 ATTEMPTS = 3
 
-REQUEST = re.compile(r'^(\S+) - - \[[^]]*\] "(\S+) (\S+) \S+" (\d+)', re.M)
+REQUEST = re.compile(r'^(\S+) - - \[[^]]*\] "(\S+) ([^\s?]+)\S* \S+" (\d+)', re.M)
+"""A line of S3's log, but for the query of its address."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,12 @@ def edited(head: Host, workers: Sequence[Host]) -> dict[str, Any]:
     return file | {"setup_commands": []}
 
 
+def left_out(folder: str, names: list[str]) -> set[str]:
+    """Of a checkout's files, those that the desk does without."""
+    patterns = LEFT_OUT if Path(folder) == REPOSITORY else ("__pycache__",)
+    return shutil.ignore_patterns(*patterns)(folder, names)
+
+
 class Lab:
     """Three hosts with room for one worker of a sweep each, and a desk; ends with its block."""
 
@@ -107,7 +114,7 @@ class Lab:
             host.home.mkdir(parents=True)
             (host.home / VENV.name).symlink_to(sys.prefix)
         checkout = self.desk.home / CHECKOUT.name
-        shutil.copytree(REPOSITORY, checkout, ignore=shutil.ignore_patterns(*LEFT_OUT))
+        shutil.copytree(REPOSITORY, checkout, ignore=left_out)
         file = edited(self.head, self.workers)
         (checkout / "lab.yaml").write_text(yaml.safe_dump(file, sort_keys=False))
         self.room.__enter__()

@@ -27,16 +27,11 @@ def results(output: str, store: str, tracking: str) -> dict[str, Any]:
     client = MlflowClient(tracking)
     experiment = client.get_experiment_by_name(summary["mlflow"]["experiment"])
     runs = client.search_runs([experiment.experiment_id], max_results=1000)
-    parent = summary["mlflow"]["parent_run_id"]
     return {
         "summary": summary,
         "trials": [asdict(t) for t in begun.ended],
         "interrupted": begun.interrupted,
-        "runs": [
-            {"id": r.info.run_id, "status": r.info.status, "tags": r.data.tags}
-            for r in runs
-            if parent in (r.info.run_id, r.data.tags.get("mlflow.parentRunId"))
-        ],
+        "runs": [{"id": r.info.run_id, "status": r.info.status, "tags": r.data.tags} for r in runs],
         "store": inventory_json(take_inventory(store), time.time()),
     }
 

@@ -21,6 +21,7 @@ TESTS = Path(__file__).parent
 WAITING = "test_ray_storage_faults.py"
 """Waits for timeouts, and takes next to no CPU."""
 LONGEST = [
+    "test_cluster_image.py",
     "test_ray_fleet.py",
     "test_ray_kills.py",
     "test_ray_sweep.py",
@@ -39,7 +40,10 @@ QUICK = 6
 NOTHING_FOUND = 5
 """pytest's exit code when its arguments leave no test."""
 PYTEST = [sys.executable, "-m", "pytest", "--durations=15", "--durations-min=1"]
-MARKED = {"quick": ["-m", "not heavy"], "heavy": ["-m", "heavy", "--timeout", "900"]}
+MARKED = {
+    "quick": ["-m", "not heavy"],
+    "heavy": ["-m", "heavy and not unproven", "--timeout", "900"],
+}
 
 
 class Lanes:

@@ -14,11 +14,12 @@ import threading
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal, Self
 
+import pytest
 from ray_helpers import wait_until
 
 HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "content-length"}
@@ -334,3 +335,16 @@ def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
+
+
+@contextlib.contextmanager
+def s3_of_the_environment() -> Iterator[FaultProxy]:
+    """An S3 server behind a proxy, which this process and its children take for S3."""
+    with (
+        S3Server() as server,
+        FaultProxy(server.address) as proxy,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        for key, value in s3_environment(proxy.address).items():
+            patch.setenv(key, value)
+        yield proxy

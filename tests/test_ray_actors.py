@@ -77,6 +77,7 @@ def test_name_of_a_shared_actor_is_that_of_its_code_and_arguments(monkeypatch):
     assert actor_name("cache", "store", node="a") != ours
 
 
+@pytest.mark.unproven
 @pytest.mark.heavy
 @pytest.mark.timeout(600)
 def test_code_that_changes_gets_a_broker_of_its_own_and_both_keep_the_store_right(

@@ -230,7 +230,7 @@ def test_segments_are_views_of_the_object_store_not_copies(store):
     segment = reader.segment(0, 0, 1)
     before = psutil.Process().memory_full_info().uss
     held = [reader.segment(0, 0, 1) for _ in range(50)]
-    assert psutil.Process().memory_full_info().uss - before < 8 * MB
+    assert psutil.Process().memory_full_info().uss - before < 50 * MB  # copies: 400
     addresses = {a.__array_interface__["data"][0] for s in held for a in s}
     assert addresses == {a.__array_interface__["data"][0] for a in segment}
     for array in segment:
@@ -460,7 +460,7 @@ def test_requests_for_some_experts_do_not_grow_with_the_others_of_their_set(cach
         s3.reset_counts()
         for expert in range(4):
             there.reader().segment(expert, 0, 1)
-        asked.append(s3.requests)
+        asked.append(dict(s3.requests))
     assert asked[0] == asked[1]
 
 

@@ -30,6 +30,7 @@ from ftd.expert import train_expert
 from ftd.trajectory import PART_EPOCHS
 from ftd_ray.experts.broker import broker
 from ftd_ray.experts.build import build_expert
+from ftd_ray.experts.fleet import LOSSES
 from ftd_ray.experts.orders import ExpertDiverged
 
 # --- without Ray ----------------------------------------------------------------------------
@@ -259,6 +260,6 @@ def test_expert_that_is_killed_again_and_again_is_given_up_with_a_reason(broker_
         return bool(ray.wait([answer], timeout=0)[0])
 
     wait_until("an end of the build", over, seconds=BOUND, every=0.2)
-    with pytest.raises(UserError, match="was lost 4 times"):
+    with pytest.raises(UserError, match=f"was lost {LOSSES} times"):
         ray.get(answer)
-    assert len(killed) == 4
+    assert len(killed) == LOSSES

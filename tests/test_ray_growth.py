@@ -272,10 +272,9 @@ def test_account_of_an_older_sweep_goes_on(study, tmp_path):
 # --- intervals ------------------------------------------------------------------------------
 
 
-def test_work_without_a_gap_is_one_interval(monkeypatch):
+def test_work_without_a_gap_is_one_interval():
     now = [0.0]
-    monkeypatch.setattr("ftd_ray.worked.time.monotonic", lambda: now[0])
-    worked = Worked()
+    worked = Worked(clock=lambda: now[0])
     for _ in range(1000):
         now[0] += 1.0
         worked.just_now(1.5)

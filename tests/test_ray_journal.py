@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from s3_helpers import FaultProxy, S3Server, s3_environment
+from s3_helpers import FaultProxy, s3_of_the_environment
 
 from ftd.errors import UserError
 from ftd_ray import journal as journal_module
@@ -19,13 +19,7 @@ from ftd_ray.storage import files_below, join, read_bytes, remove_file, write_by
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[FaultProxy]:
-    with (
-        S3Server() as server,
-        FaultProxy(server.address) as proxy,
-        pytest.MonkeyPatch.context() as patch,
-    ):
-        for key, value in s3_environment(proxy.address).items():
-            patch.setenv(key, value)
+    with s3_of_the_environment() as proxy:
         yield proxy
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from s3_helpers import FaultProxy, S3Server, s3_environment
+from s3_helpers import FaultProxy, s3_of_the_environment
 
 from ftd.expert import Snapshot
 from ftd.trajectory import DamagedError, ExpertSet, NotPublished
@@ -25,13 +25,7 @@ EPOCHS = 7  # two parts, two manifests
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[FaultProxy]:
-    with (
-        S3Server() as server,
-        FaultProxy(server.address) as proxy,
-        pytest.MonkeyPatch.context() as patch,
-    ):
-        for key, value in s3_environment(proxy.address).items():
-            patch.setenv(key, value)
+    with s3_of_the_environment() as proxy:
         yield proxy
 
 

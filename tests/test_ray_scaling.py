@@ -26,6 +26,7 @@ from ftd_ray.autoscaler import (
     Autoscaler,
     NodeType,
     find_autoscaler,
+    last_failure,
     look,
     read_file,
     read_status,
@@ -95,7 +96,7 @@ def test_room_on_a_kind_of_gpu_is_that_of_types_that_say_they_have_it():
 
 def test_type_that_leaves_its_resources_to_the_machine_may_hold_anything():
     found = read_file(yaml.safe_load((ROOT / "cluster.yaml").read_text()))
-    assert str(found) == "8 gpu_worker"
+    assert str(found) == "6 gpu_spot and 2 gpu_on_demand"
     assert found.kinds() is None
     assert found.room_for(1, 0.25) == Autoscaler().room_for(1, 0.25) == float("inf")
     _check_held(Need("an expert", 1, 1, 0), [{"CPU": 1}], found)
@@ -147,6 +148,18 @@ def test_autoscaler_is_found_by_the_options_of_its_process(monitor, tmp_path, mo
     assert look(f"10.0.0.1:{a}") == read_file(FILE)
     assert look(f"10.0.0.1:{b}") == Autoscaler()
     assert look(f"10.0.0.1:{c}") is look(f"10.0.0.1:{d}") is None
+
+
+def test_what_the_cloud_answered_last_is_found_in_its_log(monitor, tmp_path):
+    port = free_port()
+    line = "INFO node_provider.py:491 -- Failed to launch {} nodes of type gpu: {}\n"
+    logged = line.format(2, "no quota") + "INFO other\n" + line.format(1, "sold out") + "INFO x\n"
+    (tmp_path / "monitor.log").write_text(logged)
+    options = (f"--gcs-address=head:{port}", "--autoscaling-config=x", f"--logs-dir={tmp_path}")
+    assert last_failure(f"head:{port}") == ""
+    monitor(*options)
+    found = wait_until("the process", lambda: last_failure(f"head:{port}"))
+    assert found == "1 nodes of type gpu: sold out"
 
 
 @pytest.mark.parametrize(
@@ -258,7 +271,6 @@ def growing(tmp_path_factory) -> Iterator[Autoscaling]:
     """A head without room for anything, and the types of nodes that may be started."""
     folder = tmp_path_factory.mktemp("growing")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.delenv("RAY_ADDRESS", raising=False)
         patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
         with autoscaling_cluster(folder, TYPES) as cluster:
@@ -304,21 +316,25 @@ def assert_all_go(cluster: Autoscaling) -> None:
     assert get_cluster_status(cluster.address).resource_demands.ray_task_actor_demand == []
 
 
+@pytest.mark.unproven
 @pytest.mark.heavy
 @pytest.mark.timeout(900)
 def test_filling_brings_nodes_uses_all_that_come_and_lets_them_go(growing, tmp_path):
     assert workers_alive() == set()
     long = {"count": 9, "epochs": 60, "batch_size": 8, "rho": 0.01}
-    write_sweep(tmp_path, tiny(**{f"experts__{k}": v for k, v in long.items()}))
+    changes: dict[str, Any] = {f"experts__{k}": v for k, v in long.items()}
+    write_sweep(tmp_path, tiny(**changes, resources__max_experts_at_once=3))
     ran, came, worked = watch_to_the_end(growing, tmp_path, module="ftd_ray.experts")
     assert ran.code == 0, ran.out + ran.err
     assert "The autoscaler may start 3 cpu_worker and 2 gpu_worker. It is asked for" in ran.out
     assert "9 experts built, 0 were there" in ran.out
-    assert len(came) > 1
+    assert "at most 3 at a time" in ran.out
+    assert len(came) == 3
     assert worked == came
     assert_all_go(growing)
 
 
+@pytest.mark.unproven
 @pytest.mark.heavy
 @pytest.mark.timeout(900)
 def test_search_brings_nodes_for_its_trials_and_its_cache_lets_them_go(growing, tmp_path):
@@ -359,6 +375,7 @@ class PatientBroker(WatchedBroker):
     expert_actor = Patient
 
 
+@pytest.mark.unproven
 @pytest.mark.heavy
 @pytest.mark.timeout(600)
 def test_experts_that_share_gpus_bring_as_many_nodes_as_the_file_allows(growing, tmp_path):
@@ -386,6 +403,7 @@ def test_experts_that_share_gpus_bring_as_many_nodes_as_the_file_allows(growing,
     ray.kill(handle)
 
 
+@pytest.mark.unproven
 @pytest.mark.heavy
 def test_expert_that_no_node_may_ever_hold_is_refused(growing, tmp_path):
     write_sweep(tmp_path)
@@ -398,11 +416,11 @@ def test_expert_that_no_node_may_ever_hold_is_refused(growing, tmp_path):
     assert came == set()
 
 
+@pytest.mark.unproven
 @pytest.mark.heavy
 def test_why_no_node_comes_is_told_by_the_autoscaler_itself(tmp_path):
     provider = "autoscaling_helpers.SoldOut"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.delenv("RAY_ADDRESS", raising=False)
         patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
         with autoscaling_cluster(tmp_path, TYPES, provider=provider) as cluster:
@@ -411,9 +429,10 @@ def test_why_no_node_comes_is_told_by_the_autoscaler_itself(tmp_path):
                 waits = ray.remote(Patient).options(num_gpus=1).remote()
                 said = wait_until(
                     "word of the failure",
-                    lambda: "LaunchFailed" in (words := status_words()) and words,
+                    lambda: "; last: " in (words := status_words()) and words,
                 )
                 del waits
             finally:
                 ray.shutdown()
-    assert "gpu_worker" in said and "no g5.2xlarge is left" in said
+    assert "recent failures: gpu_worker: LaunchFailed" in said
+    assert re.search(r"; last: 1 nodes of type gpu_worker: .*no g5\.2xlarge is left$", said)

@@ -20,11 +20,10 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from ftd.errors import UserError
-from ftd_ray.autoscaler import GPU_KIND
 from ftd_ray.experts.orders import GpuFull, Urgency
 from ftd_ray.experts.room import room_for
 from ftd_ray.node_faults import NodeFault, faults_of_the_node, gpus_here
-from ftd_ray.nodes import Health, NothingLeft, beside, nodes_able
+from ftd_ray.nodes import GPU_KIND, Health, NothingLeft, beside, nodes_able, standing_nodes
 from ftd_ray.storage import PlaceError
 
 ATTEMPTS = 4
@@ -399,9 +398,9 @@ def gpu_kinds(left_out: Collection[str] = ()) -> dict[str | None, float]:
     By the names that Ray gives them; None for those without a name.
     """
     found: dict[str | None, float] = {}
-    for node in ray.nodes():
+    for node in standing_nodes():
         gpus = node["Resources"].get("GPU", 0)
-        if node["Alive"] and gpus and node["NodeID"] not in left_out:
+        if gpus and node["NodeID"] not in left_out:
             found[_kind(node)] = found.get(_kind(node), 0) + gpus
     return found
 
@@ -409,7 +408,7 @@ def gpu_kinds(left_out: Collection[str] = ()) -> dict[str | None, float]:
 def has_others(name: str, kind: str | None) -> bool:
     """Whether the GPUs of a node are of another kind; ``name`` is what ``node_name`` gives it."""
     here = node_ids().get(name)  # None of one that is gone
-    return any(node["NodeID"] == here and _kind(node) != kind for node in ray.nodes())
+    return any(node["NodeID"] == here and _kind(node) != kind for node in standing_nodes())
 
 
 def _kind(node: dict[str, Any]) -> str | None:
@@ -425,6 +424,6 @@ def node_name() -> str:
 
 def node_ids() -> dict[str, str]:
     """Name -> id of the cluster's nodes."""
-    addresses = {n["NodeID"]: n["NodeManagerAddress"] for n in ray.nodes() if n["Alive"]}
+    addresses = {n["NodeID"]: n["NodeManagerAddress"] for n in standing_nodes()}
     shared = Counter(addresses.values())
     return {a if shared[a] == 1 else f"{a}-{node[:6]}": node for node, a in addresses.items()}

@@ -1,8 +1,7 @@
 """How much the cluster has room for, now or once its autoscaler has done what it may."""
 
-import ray
-
 from ftd_ray.autoscaler import find_autoscaler, fitting, head_node
+from ftd_ray.nodes import standing_nodes
 
 
 def room_for(cpus: float, gpus: float, memory: int = 0, kind: str | None = None) -> float:
@@ -11,7 +10,7 @@ def room_for(cpus: float, gpus: float, memory: int = 0, kind: str | None = None)
     With a ``kind`` of GPU, on those only. Infinite where nobody says what the autoscaler may start.
     """
     size = (cpus, gpus, memory, kind)
-    nodes = {n["NodeID"]: n["Resources"] for n in ray.nodes() if n["Alive"]}
+    nodes = {n["NodeID"]: n["Resources"] for n in standing_nodes()}
     here = {name: fitting(r, *size) for name, r in nodes.items()}
     autoscaler = find_autoscaler()
     later = autoscaler.room_for(*size) if autoscaler else 0

@@ -18,6 +18,7 @@ from ftd.errors import UserError
 from ftd_ray.cluster import start_ray
 from ftd_ray.new.crew import Crew, crew_of, mean_pace
 from ftd_ray.new.pace import Pace, Task, measure
+from ftd_ray.nodes import standing_nodes
 
 PLACE_SECONDS = 60
 """In which a worker has found its place; those that have not are done without."""
@@ -63,7 +64,7 @@ def standing(address: str | None) -> Iterator[Stand]:
     began = time.monotonic()
     start_ray(address)
     try:
-        crew = crew_of([n["Resources"] for n in ray.nodes() if n["Alive"]])
+        crew = crew_of([n["Resources"] for n in standing_nodes()])
         size = {"num_cpus": crew.cpus, "num_gpus": crew.gpus, "scheduling_strategy": "SPREAD"}
         actors = [ray.remote(Measurer).options(**size).remote() for _ in range(crew.workers)]
         waiting = {actor.ready.remote(): actor for actor in actors}
