@@ -4,6 +4,8 @@ These are estimates (``ftd.memory``), a little above what was measured on CPUs; 
 measured on the GPU itself (resources.gpus_per_expert: auto) does not use them.
 """
 
+import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -36,6 +38,10 @@ class Machine:
 
     memory: int
     gpus: tuple[Gpu, ...] = ()
+    cpus: int = 1
+
+    def __str__(self) -> str:
+        return f"{plural(self.cpus, 'CPU')}, {size_text(self.memory)}"
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,16 @@ class Worker:
     """Memory booked for it on its node; 0 for none."""
     smaller: str
     """What to lower, where it does not fit."""
+    cpus: float = 1
+    most: int = 1
+    """As many work at a time, if they have room."""
+
+    def __str__(self) -> str:
+        return f"{'an' if self.kind == 'expert' else 'a'} {self.kind}"
+
+    @property
+    def where(self) -> str:
+        return " of a GPU" if self.gpus != 0 else ""
 
     @property
     def limited(self) -> bool:
@@ -66,6 +82,15 @@ class Worker:
     def least(self) -> int:
         """What it cannot do without: second order is cut before a trial fails."""
         return self.need.least if self.limited and self.kind == "trial" else self.takes
+
+    def started(self, machine: Machine) -> int:
+        """How many are started at a time on a machine's CPUs; only what is booked bounds memory."""
+        room = int(machine.cpus / self.cpus + 1e-9)
+        return min(self.most, room, machine.memory // self.booked if self.booked else room)
+
+    def holding(self, machine: Machine) -> int:
+        """How many of those its memory holds."""
+        return min(self.started(machine), machine.memory // self.least)
 
     def fitting(self, total: int) -> int:
         """How many of them fit on a GPU of ``total`` bytes."""
@@ -86,21 +111,39 @@ def this_machine() -> Machine:
 
     found = (torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count()))
     gpus = dict.fromkeys(Gpu(p.name, p.total_memory) for p in found)
-    return Machine(int(psutil.virtual_memory().total), tuple(gpus))
+    cpus = len(os.sched_getaffinity(0))
+    return Machine(int(psutil.virtual_memory().total), tuple(gpus), cpus)
 
 
 def workers(config: SweepConfig, data: Description, *, experts_only: bool = False) -> list[Worker]:
     """The kinds of worker of a sweep, each at the point of the space where it takes the most."""
     r = config.resources
-    experts = max(_expert_needs(config, data), key=lambda need: need.total)
+    need = max(_expert_needs(config, data), key=lambda need: need.total)
     batch = max(config.values_of("experts.batch_size"))
+    wanted = sum(experts.count for _, experts in config.expert_points())
     found = [
-        Worker("expert", experts, r.expert_gpus, r.expert_memory, f"experts.batch_size={batch}")
+        Worker(
+            kind="expert",
+            need=need,
+            gpus=r.expert_gpus,
+            booked=r.expert_memory,
+            smaller=f"experts.batch_size={batch}",
+            cpus=r.cpus_per_expert,
+            most=min(wanted, r.max_experts_at_once or wanted),
+        )
     ]
     if not experts_only:
-        trials = max(_trial_needs(config, data), key=lambda need: need.total)
-        smaller = "distill.batch_syn or evaluate.batch_size"
-        found.append(Worker("trial", trials, r.gpus_per_trial, r.trial_memory, smaller))
+        found.append(
+            Worker(
+                kind="trial",
+                need=max(_trial_needs(config, data), key=lambda need: need.total),
+                gpus=r.gpus_per_trial,
+                booked=r.trial_memory,
+                smaller="distill.batch_syn or evaluate.batch_size",
+                cpus=r.cpus_per_trial,
+                most=config.search.concurrency,
+            )
+        )
     return found
 
 
@@ -113,20 +156,22 @@ def memory_lines(
 ) -> list[str]:
     """What workers take, how many fit, and who cannot. ``machine`` is None for a cluster."""
     found = workers(config, data, experts_only=experts_only)
-    takes = ", ".join(
-        f"{'an' if w.kind == 'expert' else 'a'} {w.kind} {size_text(w.takes)}"
-        + (" of a GPU" if w.gpus != 0 else "")
-        for w in found
-    )
     on_gpus, on_cpus = [w for w in found if w.gpus != 0], [w for w in found if w.gpus == 0]
     gpus = machine.gpus if machine else ()
-    lines = [f"memory     about {takes}"]
+    takes = ", ".join(f"{w} about {_about(w.takes)}{w.where}" for w in found)
+    lines = [f"memory     {takes}"]
     if on_gpus:
         sizes = [(str(gpu), gpu.total) for gpu in gpus] or [
             (f"{size // 10**9} GB", size) for size in GIVEN
         ]
-        fits = "; ".join(f"{name}: {_counts(on_gpus, size)}" for name, size in sizes)
+        fits = "; ".join(
+            f"{name}: {_counts(on_gpus, size, named=i == 0)}"
+            for i, (name, size) in enumerate(sizes)
+        )
         lines.append(f"  on {'' if gpus else 'a GPU of '}{fits}")
+    if on_cpus and machine is not None:
+        room = " or ".join(plural(w.holding(machine), w.kind) for w in on_cpus)
+        lines.append(f"  on this machine ({machine}): {room} at a time")
     for w in found:
         lines += [f"  does not fit: {why}" for why in _misfits(w, gpus)]
     if machine is not None:
@@ -134,14 +179,18 @@ def memory_lines(
     return lines
 
 
-def _counts(found: Sequence[Worker], total: int) -> str:
-    return " or ".join(plural(w.fitting(total), w.kind) for w in found)
+def _about(count: int) -> str:
+    return f"{count / 1e9:.1f} GB"
+
+
+def _counts(found: Sequence[Worker], total: int, *, named: bool) -> str:
+    counts = [(w.fitting(total), w.kind) for w in found]
+    return " or ".join(plural(n, kind) if named else str(n) for n, kind in counts)
 
 
 def _misfits(w: Worker, gpus: Sequence[Gpu]) -> Iterator[str]:
     """Why a worker does not fit where it is to work, each with what to do about it."""
-    article, takes = ("an" if w.kind == "expert" else "a"), size_text(w.least)
-    key, what = f"resources.gpus_per_{w.kind}", f"{w.kind} takes about {takes}"
+    key, what = f"resources.gpus_per_{w.kind}", f"{w} takes about {_about(w.least)}"
     for gpu in gpus if w.gpus != 0 else ():
         room = w.share_of(gpu.total)
         if w.least <= room:
@@ -149,34 +198,38 @@ def _misfits(w: Worker, gpus: Sequence[Gpu]) -> Iterator[str]:
         whole = int(gpu.total * GPU_HEADROOM)
         if w.least > whole:
             remedy = f"Lower {w.smaller}, or the network's width."
-            yield f"{article} {what}, and there is {gpu}. {remedy}"
+            yield f"{what}, and there is {gpu}. {remedy}"
         else:
             raise_it = f"Raise it to {1 / (whole // w.least):.3g}"
             yield (
-                f"{article} {what}, and {key}={w.gpus:g} of {gpu} is {size_text(room)}. {raise_it}"
+                f"{what}, and {key}={w.gpus:g} of {gpu} is {size_text(room)}. {raise_it}"
                 + (", or write auto." if w.kind == "expert" else ".")
             )
     if w.gpus and not gpus and w.gpus < 1:
         least = w.least / w.gpus
         if least > GIVEN[0]:
             yield (
-                f"{article} {what}, so {key}={w.gpus:g} is enough on GPUs of {size_text(least)} "
-                "and more only. Raise it for smaller ones"
+                f"{what}, so {key}={w.gpus:g} is enough only on GPUs of {size_text(least)} "
+                "or more. Raise it for smaller ones"
                 + (", or write auto." if w.kind == "expert" else ".")
             )
     if w.gpus == 0 and 0 < w.booked < w.least:
-        yield (
-            f"{article} {what}, and resources.memory_per_{w.kind} books {size_text(w.booked)}. "
-            "Raise it."
-        )
+        yield (f"{what}, and resources.memory_per_{w.kind} books {size_text(w.booked)}. Raise it.")
 
 
 def _too_large(w: Worker, machine: Machine) -> Iterator[str]:
+    """Why a machine's memory does not hold what is started on its CPUs."""
+    holds, has = w.holding(machine), f"this machine has {size_text(machine.memory)}"
     if w.least > machine.memory:
-        article = "an" if w.kind == "expert" else "a"
         yield (
-            f"{article} {w.kind} takes about {size_text(w.least)}, and this machine has "
-            f"{size_text(machine.memory)}. Lower {w.smaller}, or the network's width."
+            f"{w} takes about {_about(w.least)}, and {has}. Lower {w.smaller}, or the network's "
+            "width."
+        )
+    elif holds < (count := w.started(machine)):
+        yield (
+            f"{plural(count, w.kind)} at a time take about {_about(count * w.least)}, and {has}. "
+            f"Set resources.memory_per_{w.kind}={math.ceil(w.least / 1e8) / 10:g}GB: no more are "
+            "started then than it holds."
         )
 
 

@@ -1,17 +1,11 @@
 """What a worker may take of memory: its share of a GPU, or on CPUs what is booked for it."""
 
-import ray
 import torch
 
 from ftd.memory import OVERHEAD, limit_memory
 
 LEFT = {"cuda": 0.85, "cpu": 0.5}
 """Share of a worker's memory that is left for tensors: cuDNN works in the rest, or oneDNN."""
-
-
-def assigned(resource: str) -> float:
-    """What Ray has given this process of a resource."""
-    return float(ray.get_runtime_context().get_assigned_resources().get(resource, 0))
 
 
 def limit_worker(share: float | None, booked: float) -> None:

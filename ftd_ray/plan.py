@@ -107,7 +107,7 @@ class Plan:
 
         ``machine`` is where it would run, if that is here.
         """
-        c = self.config
+        c, r = self.config, self.config.resources
         optimisers = " or ".join(dict.fromkeys(c.values_of("distill.optimiser")))
         lines = [
             *self._data_lines(),
@@ -119,16 +119,11 @@ class Plan:
             *self._expert_lines(),
             f"segments   {size_text(self.hot_bytes)} of the store that trials read; a node keeps "
             f"{size_text(self.cache_bytes)}, if half of its object store holds that",
-        ]
-        r = c.resources
-        lines += [
             f"resources  {_expert_text(c)}, "
             f"a trial {_res(r.cpus_per_trial, r.gpus_per_trial, r.trial_memory)}",
+            *_missing_lines(lacking),
             *_backend_lines(r.expert_numerics, r.trial_numerics),
             *memory_lines(c, self.data, machine),
-        ]
-        lines += [f"  missing here: {what}" for what in lacking]
-        lines += [
             f"store      {c.store.uri}",
             f"tracking   {c.tracking.uri} (experiment {c.experiment})",
             f"output     {c.output_dir}",
@@ -142,11 +137,9 @@ class Plan:
             *self._data_lines(),
             *self._expert_lines(),
             f"resources  {_expert_text(c)}",
+            *_missing_lines(lacking),
             *_backend_lines(r.expert_numerics),
             *memory_lines(c, self.data, machine, experts_only=True),
-        ]
-        lines += [f"  missing here: {what}" for what in lacking]
-        lines += [
             f"store      {c.store.uri}",
             f"tracking   {c.tracking.uri} (experiment {c.experiment})",
         ]
@@ -336,6 +329,10 @@ def machine_resources() -> dict[str, float]:
         "GPU": float(torch.cuda.device_count()),
         "memory": float(psutil.virtual_memory().total),
     }
+
+
+def _missing_lines(lacking: list[str]) -> list[str]:
+    return [f"  missing here: {what}" for what in lacking]
 
 
 def _backend_lines(*workers: Numerics) -> list[str]:

@@ -150,7 +150,8 @@ class ResourcesConfig:
     cpus_per_trial: float = 1
     """Also its threads, when it works on CPUs."""
     gpus_per_trial: float = 0
-    """Above 0, trials work on a GPU, kept to that share of its memory: batches are cut to it."""
+    """Above 0, trials work on a GPU, kept to that share of its memory: batches are cut to it. How
+    many share one is a matter of speed."""
     max_experts_at_once: int | None = None
     """Experts of one size in training at a time, at most. None for as many as are due and the
     cluster, or what its autoscaler may start, has room for."""

@@ -29,7 +29,7 @@ from ftd.errors import Diverged, UserError
 from ftd.trajectory import DamagedError
 from ftd_ray.cache import CachedExperts
 from ftd_ray.experts.orders import ExpertOrder
-from ftd_ray.node_faults import GpuMemory, NodeFault, faults_of_the_node, gpus_here
+from ftd_ray.node_faults import GpuMemory, NodeFault, assigned, faults_of_the_node, gpus_here
 from ftd_ray.nodes import Health, beside, nodes_able, standing_nodes
 from ftd_ray.storage import PlaceError
 
@@ -138,9 +138,9 @@ class TrialWorker(OnNode):
 
     def _settle(self, numerics: Any) -> None:
         """Keeps to this worker's part of memory; then work may begin."""
-        from ftd_ray.limits import assigned, limit_worker
+        from ftd_ray.limits import limit_worker
 
-        limit_worker(assigned("GPU"), assigned("memory"))
+        limit_worker(gpus_here(), assigned("memory"))
         self.check(numerics)
 
     def check(self, numerics: Any) -> None:

@@ -83,7 +83,8 @@ def test_two_experts_on_imagenette_share_the_card_of_the_shipped_cluster():
     assert expert.fitting(A10G.total) == 2
     assert trial.fitting(A10G.total) == 2  # of half a GPU each
     (line, fits) = memory_lines(imagenette(), IMAGENETTE, Machine(10**11, (A10G,)))
-    assert line.startswith("memory     about an expert 10.") and " of a GPU, a trial " in line
+    assert line.startswith("memory     an expert about 10.")
+    assert line.count(" GB of a GPU") == 2 and ", a trial about 2." in line
     assert fits == "  on NVIDIA A10G of 24.1 GB: 2 experts or 2 trials"
 
 
@@ -117,14 +118,13 @@ def test_experts_that_fit_no_gpu_here_are_named_with_what_to_lower():
 def test_plan_of_a_cluster_says_what_fits_gpus_of_some_sizes():
     lines = memory_lines(imagenette(), IMAGENETTE)
     assert lines[1] == (
-        "  on a GPU of 16 GB: 1 expert or 2 trials; 24 GB: 2 experts or 2 trials; "
-        "40 GB: 3 experts or 2 trials; 80 GB: 7 experts or 2 trials"
+        "  on a GPU of 16 GB: 1 expert or 2 trials; 24 GB: 2 or 2; 40 GB: 3 or 2; 80 GB: 7 or 2"
     )
     assert len(lines) == 2
     quarter = memory_lines(imagenette("resources.gpus_per_expert=0.25"), IMAGENETTE)
     (line,) = quarter[2:]
-    assert "resources.gpus_per_expert=0.25 is enough on GPUs of 4" in line
-    assert line.endswith("only. Raise it for smaller ones, or write auto.")
+    assert "resources.gpus_per_expert=0.25 is enough only on GPUs of 4" in line
+    assert line.endswith("or more. Raise it for smaller ones, or write auto.")
 
 
 def test_trial_is_told_not_to_fit_only_when_cutting_its_batches_does_not_help():
@@ -157,10 +157,12 @@ def make_plan_data(config: Any) -> Description:
 
 def test_plan_on_cpus_says_what_workers_take(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    plan = make_plan(parse_config(tiny()))
+    plan = make_plan(parse_config(tiny(search__concurrency=2)))
     line = next(x for x in plan.text([]).splitlines() if x.startswith("memory"))
-    assert line.startswith("memory     about an expert 7") and line.endswith(" MB")
-    assert "does not fit" not in plan.text([], Machine(8 * 10**9))
+    assert line == "memory     an expert about 0.8 GB, a trial about 0.8 GB"
+    two = plan.text([], Machine(8 * 10**9, cpus=2))
+    assert "\n  on this machine (2 CPUs, 8.0 GB): 2 experts or 2 trials at a time\n" in two
+    assert "does not fit" not in two
     text = plan.text([], Machine(10**8))
     assert "does not fit: an expert takes about" in text and "this machine has 100.0 MB" in text
     assert "a trial" not in next(
@@ -170,8 +172,28 @@ def test_plan_on_cpus_says_what_workers_take(tmp_path, monkeypatch):
     assert "resources.memory_per_trial books 100.0 MB. Raise it." in booked.text([])
 
 
-def test_this_machine_has_memory():
-    assert this_machine().memory > 10**8
+def test_more_workers_on_cpus_than_memory_holds_are_named_with_what_to_book(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = Machine(4 * 10**9, cpus=16)
+
+    def lines(**changes: Any) -> list[str]:
+        config = parse_config(tiny(**({"experts__count": 16, "search__concurrency": 3} | changes)))
+        return memory_lines(config, make_plan_data(config), small)[1:]
+
+    fits, why = lines()
+    assert fits == "  on this machine (16 CPUs, 4.0 GB): 5 experts or 3 trials at a time"
+    assert why.startswith("  does not fit: 16 experts at a time take about 12.")
+    assert why.endswith(
+        "Set resources.memory_per_expert=0.8GB: no more are started then than it holds."
+    )
+    assert lines(resources__memory_per_expert="0.8GB") == [fits]
+    assert lines(resources__max_experts_at_once=5) == [fits]
+    assert lines(resources__cpus_per_expert=4) == [fits.replace("5 experts", "4 experts")]
+
+
+def test_this_machine_has_memory_and_cpus():
+    here = this_machine()
+    assert here.memory > 10**8 and here.cpus >= 1
 
 
 def test_a_worker_with_a_given_share_fits_as_often_as_the_share_says():

@@ -57,7 +57,8 @@ from ftd_ray.store.published import PublishedExperts
 SILENT_SECONDS = 300
 """What is only wanted by askers that were not heard of for so long is dropped, until they are."""
 OTHER_KINDS_SECONDS = 60
-"""Where an expert was measured on one kind of GPU, the others are waited for at most so long."""
+"""Where an expert was measured on one kind of GPU, the others are waited for at most so long. What
+is measured later is used from then on."""
 RATE_SECONDS = 60
 """Epochs per second are counted over this long."""
 
@@ -163,6 +164,8 @@ class Broker(Lingering):
     """One for a store on a cluster: ``ensure`` returns when an expert set is in the store."""
 
     expert_actor: type = ExpertActor
+    patience: float = OTHER_KINDS_SECONDS
+    """With kinds of GPU that are not measured yet, where one is."""
 
     def __init__(self, store_uri: str, schema: int, version: str) -> None:
         self._store = TrajectoryStore(store_uri)
@@ -423,7 +426,7 @@ class Broker(Lingering):
         while not shares and len(refused) < len(tasks):
             waiting = [t for kind, t in tasks.items() if kind not in refused]
             await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            left = since + OTHER_KINDS_SECONDS - time.monotonic()
+            left = since + self.patience - time.monotonic()
             await asyncio.wait(waiting, timeout=max(0, left))
             for kind, task in tasks.items():
                 if task.done() and kind not in refused:
@@ -487,7 +490,15 @@ class Broker(Lingering):
         task = self._needs.get(name)
         if task is None or (task.done() and task.exception() is not None):
             task = self._needs[name] = asyncio.create_task(self._measure(order, kind, bound))
+            task.add_done_callback(lambda done: self._measured(*name, done))
         return task
+
+    def _measured(self, name: str, kind: str | None, task: "asyncio.Task[list[int]]") -> None:
+        """What waits for another kind of GPU may go to this one now."""
+        others = any(of == name and other != kind for of, other in self._needs)
+        if others and not task.cancelled() and task.exception() is None:
+            for fleet in self._fleets.values():
+                fleet.share_out_anew()
 
     def _is_measured(self, order: ExpertOrder) -> bool:
         """On some kind of GPU."""

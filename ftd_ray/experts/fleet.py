@@ -22,7 +22,7 @@ from ray.exceptions import RayError, RayTaskError
 from ftd.errors import UserError
 from ftd_ray.experts.orders import GpuFull, Urgency
 from ftd_ray.experts.room import room_for
-from ftd_ray.node_faults import NodeFault, faults_of_the_node, gpus_here
+from ftd_ray.node_faults import NodeFault, assigned, faults_of_the_node, gpus_here
 from ftd_ray.nodes import GPU_KIND, Health, NothingLeft, beside, nodes_able, standing_nodes
 from ftd_ray.storage import PlaceError
 
@@ -43,7 +43,7 @@ for trials and to start again, on each core."""
 
 
 class OtherKind(Exception):
-    """There are only GPUs of other kinds than the one that the share was measured on."""
+    """A build is to choose its kind of GPU anew: those, or what is known of them, have changed."""
 
 
 FAULTS = RayError | NodeFault | GpuFull
@@ -65,7 +65,7 @@ class ExpertActor:
         Returns the seconds that it took, None if there was nothing left to train.
         """
         from ftd_ray.experts.build import build_expert
-        from ftd_ray.limits import assigned, limit_worker
+        from ftd_ray.limits import limit_worker
 
         request, gpus = pickle.loads(work), gpus_here()
         with faults_of_the_node(gpus):
@@ -146,7 +146,8 @@ class Fleet:
     ``share`` limits each to that share of its GPU's memory. One that is ``measured`` holds for GPUs
     of ``kind``: actors are ``bound`` to that kind where the cluster has others; where it has not,
     they ask for any GPU, since an autoscaler may know no kinds, and one that comes to lie on
-    another takes no build. Nor does any when that kind has gone: OtherKind says so.
+    another takes no build. When the cluster's kinds of GPU change, builds that wait are given back:
+    OtherKind says so.
     """
 
     def __init__(
@@ -166,6 +167,8 @@ class Fleet:
         self.size, self._share = (cpus, gpus, memory), share
         self.kind, self._measured = kind, measured
         self._only = kind if bound else None
+        self._kinds: set[str | None] | None = None
+        """Of GPUs, that the cluster had at the last look."""
         self._health = health or Health()
         self._actor, self._room = actor, room or room_for
         self._queue: list[Build] = []
@@ -238,7 +241,7 @@ class Fleet:
             self._wake.clear()
             with contextlib.suppress(Exception):  # the cluster does not answer just now
                 room = await asyncio.to_thread(self._room, *self.size, self._only)
-                await self._leave_a_kind_that_went()
+                await self._look_at_kinds()
             try:
                 self._adjust(room)
             except Exception as error:  # askers must hear of it
@@ -340,16 +343,23 @@ class Fleet:
                 )
             )
 
-    async def _leave_a_kind_that_went(self) -> None:
-        """Gives all builds back that wait for a kind of GPU of which none is left but others are.
+    async def _look_at_kinds(self) -> None:
+        """Has builds that wait shared out anew when a kind of GPU has come, or has gone.
 
-        Nodes that are left out count for nothing.
+        Nodes that are left out count for nothing; nor does it change anything when no GPU is left.
         """
-        if self._only is not None:
-            kinds = await asyncio.to_thread(gpu_kinds, self._health.left_out)
-            if kinds and self._only not in kinds:
-                queue, self._queue = self._queue, []
-                self._give_back(queue, OtherKind(f"no GPU is of the kind {self.kind} any more"))
+        if not self._measured:
+            return
+        if kinds := set(await asyncio.to_thread(gpu_kinds, self._health.left_out)):
+            before, self._kinds = self._kinds, kinds
+            if before not in (None, kinds) or (self._only is not None and self._only not in kinds):
+                self.share_out_anew()
+
+    def share_out_anew(self) -> None:
+        """Gives all builds back that wait, if a share was measured on this kind of GPU."""
+        if self._measured:
+            queue, self._queue = self._queue, []
+            self._give_back(queue, OtherKind(f"not only GPUs of the kind {self.kind} are there"))
 
     @staticmethod
     def _give_back(builds: Iterable[Build], error: Exception) -> None:
