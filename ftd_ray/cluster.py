@@ -1,10 +1,14 @@
 """Joining or starting Ray, and whether the cluster can do what a sweep asks of it."""
 
+import contextlib
 import logging
 import os
 import socket
+import sys
+import tempfile
 import time
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import ray
@@ -40,22 +44,48 @@ def start_ray(address: str | None) -> None:
     options: dict[str, Any] = {"address": address or "local"}
     if address is None:
         options["include_dashboard"] = False
+    said: list[str] = []
     try:
-        ray.init(
-            log_to_driver=False, logging_level=logging.ERROR, configure_logging=True, **options
-        )
-    except AuthenticationError as error:
-        raise UserError(
-            f"the Ray cluster at {address or 'this machine'} asks for another token, or for one at "
-            "all. Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to the file that its nodes have "
-            "(else it is ~/.ray/auth_token)."
-        ) from error
+        with contextlib.nullcontext() if address is None else _words_kept(said):
+            ray.init(
+                log_to_driver=False, logging_level=logging.ERROR, configure_logging=True, **options
+            )
     except Exception as error:  # Ray has no class of its own for a start that failed
+        if isinstance(error, AuthenticationError) or "Unauthenticated" in "".join(said):
+            raise UserError(
+                f"the Ray cluster at {address or 'this machine'} asks for another token, or for "
+                "one at all. Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to the file that its "
+                "nodes have (else it is ~/.ray/auth_token)."
+            ) from error
         if address is None:
             raise UserError(f"Ray could not be started here ({error}).") from error
         raise _unreachable(address, error) from error
     for name in ("ray", "ray.tune"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+@contextlib.contextmanager
+def _words_kept(said: list[str]) -> Iterator[None]:
+    """Keeps what is written to stderr in ``said`` if this fails; else it is written at the end.
+
+    Why it cannot join a cluster, Ray's native code writes there, a line a second, and nowhere else.
+    """
+    sys.stderr.flush()
+    before = os.dup(2)
+    with tempfile.TemporaryFile() as kept:
+        os.dup2(kept.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            kept.seek(0)
+            said.append(kept.read().decode(errors="replace"))
+            raise
+        else:
+            kept.seek(0)
+            os.write(before, kept.read())
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
 
 
 def _check_answers(address: str) -> None:
@@ -100,18 +130,20 @@ def _check_held(need: Need, nodes: list[dict[str, float]], autoscaler: Autoscale
     later = [] if autoscaler is None else autoscaler.kinds()
     if later is None:
         return
-    lacking = [need.lacking(resources) for resources in (*nodes, *later)]
-    if not all(lacking):
+    kinds = [*nodes, *later]
+    if not all(need.lacking(resources) for resources in kinds):
         return
+    of_each = {what: [k.get(what, 0.0) for k in kinds] for what in ("CPU", "GPU", "memory")}
+    largest = need.lacking({what: max(amounts) for what, amounts in of_each.items()})
     if autoscaler is not None:
-        raise UserError(
-            f"{min(lacking, key=len)[0]} on any node that stands or that the cluster's autoscaler "
-            f"may start ({autoscaler}). Lower resources.*, or add such a type of node to the "
-            "cluster's file."
-        )
-    if missing := need.lacking(ray.cluster_resources()):
-        raise UserError(f"{missing[0]} in the cluster. Lower resources.*, or add such nodes.")
-    raise UserError(f"{lacking[0][0]} on any one node. Lower resources.*, or add larger nodes.")
+        where = f"any node that stands or that the cluster's autoscaler may start ({autoscaler})"
+        remedy = "add such a type of node to the cluster's file"
+    elif in_all := need.lacking({what: sum(amounts) for what, amounts in of_each.items()}):
+        raise UserError(f"{in_all[0]} in the cluster. Lower resources.*, or add such nodes.")
+    else:
+        where, remedy = "any one node", "add larger nodes"
+    reason = f"{largest[0]} on {where}" if largest else f"{need} has no room on {where}"
+    raise UserError(f"{reason}. Lower resources.*, or {remedy}.")
 
 
 def _check_shared(places: dict[str, str], nodes: list[dict[str, Any]]) -> None:

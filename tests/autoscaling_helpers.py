@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,10 +90,9 @@ def autoscaling_cluster(
         "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID,
         "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID,
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
-        "RAY_TMPDIR": str(folder / "ray"),
+        "RAY_TMPDIR": tempfile.mkdtemp(prefix="ray-"),  # a short path: sockets lie below it
     }
     env.pop("RAY_ADDRESS", None)
-    (folder / "ray").mkdir()
     command = [
         str(Path(sys.executable).with_name("ray")), "start", "--head", "--block",
         f"--port={port}", f"--node-ip-address={here}", "--num-cpus=0", "--num-gpus=0",
@@ -129,7 +129,7 @@ def end_cluster(process: subprocess.Popen[bytes], address: str) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
     with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(timeout=30)
+        process.wait(timeout=5)
     for other in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             if any(address in word for word in other.cmdline()):

@@ -108,9 +108,36 @@ def test_what_a_node_may_hold_later_on_is_not_refused(later):
 
 
 def test_what_no_node_may_ever_hold_is_refused_with_what_there_may_be():
-    refused = r"^a trial takes 32 CPUs, and there are 8 on any node .* \(4 gpu and 6 cpu, 6 nodes"
+    refused = r"^a trial takes 32 CPUs, and there are 16 on any node .* \(4 gpu and 6 cpu, 6 nodes"
     with pytest.raises(UserError, match=refused):
         _check_held(Need("a trial", 32, 1, 0), [{"CPU": 4}], read_file(FILE))
+
+
+@pytest.mark.parametrize(
+    ("need", "nodes", "reason"),
+    [
+        (
+            Need("an expert", 2, 0, 0),
+            [{"CPU": 0}, {"CPU": 1}, {"CPU": 1}],
+            "takes 2 CPUs, and there is 1 on any one node",
+        ),
+        (
+            Need("an expert", 1, 0.5, 0),
+            [{"CPU": 4}],
+            "takes 0.5 GPU, and there are 0 in the cluster",
+        ),
+        (
+            Need("an expert", 2, 1, 0),
+            [{"CPU": 1, "GPU": 1}, {"CPU": 8}],
+            r"an expert \(2 CPU and 1 GPU\) has no room on any one node",
+        ),
+    ],
+    ids=["the largest node is too small", "nothing of it", "no node has both"],
+)
+def test_what_no_node_holds_is_refused_with_what_comes_closest(need, nodes, reason):
+    for order in (nodes, nodes[::-1]):
+        with pytest.raises(UserError, match=reason):
+            _check_held(need, order, None)
 
 
 def test_expert_and_trial_may_need_different_nodes():
@@ -266,6 +293,27 @@ TYPES = {
 }
 
 
+@pytest.mark.heavy
+def test_why_no_node_comes_is_told_by_the_autoscaler_itself(tmp_path):
+    provider = "autoscaling_helpers.SoldOut"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        with autoscaling_cluster(tmp_path, TYPES, provider=provider) as cluster:
+            ray.init(cluster.address, log_to_driver=False)
+            try:
+                waits = ray.remote(num_gpus=1)(lambda: 0).remote()
+                said = wait_until(
+                    "word of the failure",
+                    lambda: "; last: " in (words := status_words()) and words,
+                )
+                del waits
+            finally:
+                ray.shutdown()
+    assert "recent failures: gpu_worker: LaunchFailed" in said
+    assert re.search(r"; last: 1 nodes of type gpu_worker: .*no g5\.2xlarge is left$", said)
+
+
 @pytest.fixture(scope="module")
 def growing(tmp_path_factory) -> Iterator[Autoscaling]:
     """A head without room for anything, and the types of nodes that may be started."""
@@ -316,7 +364,6 @@ def assert_all_go(cluster: Autoscaling) -> None:
     assert get_cluster_status(cluster.address).resource_demands.ray_task_actor_demand == []
 
 
-@pytest.mark.unproven
 @pytest.mark.heavy
 @pytest.mark.timeout(900)
 def test_filling_brings_nodes_uses_all_that_come_and_lets_them_go(growing, tmp_path):
@@ -334,7 +381,6 @@ def test_filling_brings_nodes_uses_all_that_come_and_lets_them_go(growing, tmp_p
     assert_all_go(growing)
 
 
-@pytest.mark.unproven
 @pytest.mark.heavy
 @pytest.mark.timeout(900)
 def test_search_brings_nodes_for_its_trials_and_its_cache_lets_them_go(growing, tmp_path):
@@ -375,7 +421,6 @@ class PatientBroker(WatchedBroker):
     expert_actor = Patient
 
 
-@pytest.mark.unproven
 @pytest.mark.heavy
 @pytest.mark.timeout(600)
 def test_experts_that_share_gpus_bring_as_many_nodes_as_the_file_allows(growing, tmp_path):
@@ -403,7 +448,6 @@ def test_experts_that_share_gpus_bring_as_many_nodes_as_the_file_allows(growing,
     ray.kill(handle)
 
 
-@pytest.mark.unproven
 @pytest.mark.heavy
 def test_expert_that_no_node_may_ever_hold_is_refused(growing, tmp_path):
     write_sweep(tmp_path)
@@ -414,25 +458,3 @@ def test_expert_that_no_node_may_ever_hold_is_refused(growing, tmp_path):
     assert "an expert takes 9 CPUs, and there" in ran.err
     assert "(3 cpu_worker and 2 gpu_worker)" in ran.err and ran.err.count("\n") == 1
     assert came == set()
-
-
-@pytest.mark.unproven
-@pytest.mark.heavy
-def test_why_no_node_comes_is_told_by_the_autoscaler_itself(tmp_path):
-    provider = "autoscaling_helpers.SoldOut"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("RAY_ADDRESS", raising=False)
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
-        with autoscaling_cluster(tmp_path, TYPES, provider=provider) as cluster:
-            ray.init(cluster.address, log_to_driver=False)
-            try:
-                waits = ray.remote(Patient).options(num_gpus=1).remote()
-                said = wait_until(
-                    "word of the failure",
-                    lambda: "; last: " in (words := status_words()) and words,
-                )
-                del waits
-            finally:
-                ray.shutdown()
-    assert "recent failures: gpu_worker: LaunchFailed" in said
-    assert re.search(r"; last: 1 nodes of type gpu_worker: .*no g5\.2xlarge is left$", said)

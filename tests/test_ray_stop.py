@@ -43,7 +43,10 @@ class Lab:
     environment: dict[str, str]
 
     def write(self, **changes: Any) -> None:
-        places = {"output": {"dir": self.runs}, "tracking": {"uri": self.mlflow.address}}
+        places = {
+            "output": {"dir": self.runs},
+            "tracking": {"uri": self.mlflow.address, "experiment": self.folder.name},
+        }
         write_sweep(self.folder, tiny(**changes) | places)
 
     def reports_told(self) -> int:
@@ -57,7 +60,7 @@ class Lab:
     def statuses(self) -> list[tuple[str, str]]:
         """(kind, status) of all runs, as MLflow has them now."""
         client = MlflowClient(f"http://{self.mlflow.upstream}")
-        found = client.get_experiment_by_name("tiny")
+        found = client.get_experiment_by_name(self.folder.name)
         runs = client.search_runs([found.experiment_id]) if found else []
         return sorted((r.data.tags["ftd.kind"], r.info.status) for r in runs)
 

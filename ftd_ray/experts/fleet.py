@@ -8,6 +8,7 @@ the last build those that wait are withdrawn.
 import asyncio
 import contextlib
 import heapq
+import itertools
 import math
 import pickle
 import time
@@ -285,7 +286,7 @@ class Fleet:
                 worker.build, build.worker = build, worker
                 await self._one(worker.actor, build)
                 worker.build = build.worker = None
-        except (RayError, NodeFault, GpuFull) as error:  # its process, node, GPU or data are gone
+        except Exception as error:  # its process, node, GPU or data are gone, above all
             if worker.build is not None:
                 self._lost(worker.build, worker.node, error)
             elif worker in self.workers:  # not dismissed
@@ -436,4 +437,5 @@ def node_ids() -> dict[str, str]:
     """Name -> id of the cluster's nodes."""
     addresses = {n["NodeID"]: n["NodeManagerAddress"] for n in standing_nodes()}
     shared = Counter(addresses.values())
-    return {a if shared[a] == 1 else f"{a}-{node[:6]}": node for node, a in addresses.items()}
+    tells = next(n for n in itertools.count(6) if len({i[:n] for i in addresses}) == len(addresses))
+    return {a if shared[a] == 1 else f"{a}-{node[:tells]}": node for node, a in addresses.items()}
