@@ -504,6 +504,8 @@ class StandIn:
             if self.first(todo, f"{index}-{part}"):
                 ray.get(broker.epoch_done.remote(key, index, part * PART_EPOCHS, 0.5))
                 os._exit(1)
+        while len(list(Path(todo["folder"]).glob("begun-*"))) < todo.get("meet", 0):
+            time.sleep(0.05)
         began = time.time()
         time.sleep(0.3)
         gpus = f"{self.node()} {ray.get_gpu_ids()}"
@@ -614,7 +616,7 @@ def test_each_kind_of_gpu_has_the_share_that_was_measured_on_it(head, nodes, bro
         if n["Alive"] and n["Resources"].get("GPU"):
             addresses[n["NodeID"]] = kinds[0] if kinds else None
     handle = broker_for(tmp_path / "store", StandInBroker)
-    order = stand_in_order(tmp_path, count=12, gpus=None, need=30, totals=totals)
+    order = stand_in_order(tmp_path, count=12, gpus=None, need=30, totals=totals, meet=4)
     assert ask(handle.ensure.remote(order)) == list(range(12))
     where = [(gpu.split()[0].split("-")[-1], share) for gpu, share, *_ in built(tmp_path)]
     found = {
@@ -650,12 +652,18 @@ def test_experts_whose_kind_of_gpu_goes_are_built_on_another(head, nodes, broker
     handle = broker_for(tmp_path / "store", StandInBroker)
     todo = {"gpus": None, "need": 30, "totals": totals}
     assert ask(handle.ensure.remote(stand_in_order(tmp_path, count=1, **todo))) == [0]
-    blocker = ray.remote(ExpertActor).options(num_gpus=1, accelerator_type="T4").remote()
-    ask(blocker.node.remote())
+    blockers = [
+        ray.remote(ExpertActor).options(num_gpus=1, accelerator_type=kind).remote()
+        for kind in ("L4", "T4")
+    ]
+    for blocker in blockers:
+        ask(blocker.node.remote())
     answer = handle.ensure.remote(stand_in_order(tmp_path, count=8, **todo))
-    wait_until("actors that wait", lambda: demand(head), every=0.3)
+    wait_until("actors that wait for each", lambda: len(demand(head)) == 3 + 1, every=0.3)
     head.remove_node(named[1])
+    ray.kill(blockers[0])
     assert ask(answer) == list(range(8))
+    assert {share for _, share, *_ in built(tmp_path)} <= {1 / 3, 1}
 
 
 def test_first_gpu_that_comes_says_which_kinds_are_measured(head, nodes, broker_for, tmp_path):

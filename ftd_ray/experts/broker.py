@@ -38,6 +38,7 @@ from ftd_ray.experts.fleet import (
     node_ids,
     start_actor,
 )
+from ftd_ray.experts.kinds import Kinds
 from ftd_ray.experts.orders import (
     ExpertDiverged,
     ExpertOrder,
@@ -80,7 +81,7 @@ class _Job:
     before: "_Job | None"
     """A shorter build of the same expert, which this one goes on from."""
     build: Build | None = None
-    fleet: Fleet | None = None
+    fleet: Fleet | Kinds | None = None
     task: "asyncio.Task[None]" = field(init=False)
 
     def want(self, turn: int, asker: str, rank: tuple[int, int, int]) -> None:
@@ -372,7 +373,8 @@ class Broker(Lingering):
                 if isinstance(cause, DamagedError) and not last:
                     await self._mend(order)
                 elif isinstance(cause, GpuFull) and order.gpus is None and not last:
-                    await self._shrink(order, job.fleet)
+                    assert job.build.fleet is not None
+                    await self._shrink(order, job.build.fleet)
                 elif isinstance(cause, OSError):
                     uri = self._store.uri
                     raise place_error(uri, "store.uri", cause, verb="written") from None
@@ -391,12 +393,13 @@ class Broker(Lingering):
                 wanted.present.add(index)
             if asker == payer and seconds is not None:
                 wanted.built[index] = wanted.built.get(index, 0.0) + seconds
-                wanted.gpus = job.fleet.size[1] if job.fleet is not None else 0.0
+                took = job.build.fleet if job.build is not None else None
+                wanted.gpus = took.size[1] if took is not None else order.gpus or 0.0
 
-    async def _fleet(self, order: ExpertOrder) -> Fleet:
+    async def _fleet(self, order: ExpertOrder) -> Fleet | Kinds:
         """The actors of the size that the order says, or that measurements say.
 
-        Each kind of GPU has a share of its own, and a build goes where the least is to be done.
+        Each kind of GPU has a share of its own, and actors of its own.
         """
         if order.gpus is not None:
             return self._fleet_of(order, order.gpus, measured=False)
@@ -405,12 +408,11 @@ class Broker(Lingering):
             while not (kinds := await asyncio.to_thread(gpu_kinds, self._health.left_out)):
                 await self._first_gpu(order)
             if bound := len(kinds) > 1:  # GPUs without a name cannot be told from the others
-                kinds.pop(None, None)
+                kinds.discard(None)
             with contextlib.suppress(OtherKind):
                 shares = await self._shares(order, list(kinds), bound)
-        fleets = {k: self._fleet_of(order, share, k, bound) for k, share in shares.items()}
-        places = {kind: kinds[kind] * round(1 / share) for kind, share in shares.items()}
-        return fleets[min(fleets, key=lambda kind: (fleets[kind].load + 1) / places[kind])]
+        fleets = [self._fleet_of(order, share, kind, bound) for kind, share in shares.items()]
+        return fleets[0] if len(fleets) == 1 else Kinds(fleets)
 
     async def _shares(
         self, order: ExpertOrder, kinds: list[str | None], bound: bool

@@ -115,6 +115,10 @@ class Build:
     losses: int = 0
     """Of its actor, since it got further last."""
     worker: "Worker | None" = field(default=None, repr=False)
+    fleet: "Fleet | None" = field(default=None, repr=False)
+    """Whose actor took it last."""
+    offered: "list[Fleet]" = field(default_factory=list, repr=False)
+    """Where it waits until an actor takes it."""
 
     def __lt__(self, other: "Build") -> bool:
         return self.rank < other.rank
@@ -123,6 +127,11 @@ class Build:
     def due(self) -> bool:
         """Whether somebody waits for it."""
         return self.rank[0] != Urgency.AHEAD
+
+    @property
+    def waits(self) -> bool:
+        """Whether no actor has taken it, and nothing has become of it."""
+        return self.worker is None and not self.done.done()
 
     @property
     def node(self) -> str | None:
@@ -182,34 +191,50 @@ class Fleet:
 
     async def run(self, build: Build) -> float | None:
         """Has it built; returns what the actor does. Raises what it raised, or UserError."""
-        self._push(build)
+        self.offer(build)
         return await build.done
+
+    def offer(self, build: Build) -> None:
+        """The build waits here, as it may elsewhere."""
+        build.offered.append(self)
+        self._push(build)
 
     def hasten(self, build: Build, rank: tuple[int, int, int]) -> None:
         """Moves a build that waits forward."""
         if rank < build.rank:
             build.rank = rank
-            heapq.heapify(self._queue)
-            self._attend()
+            self.reorder()
 
-    @property
-    def load(self) -> int:
-        """Builds that wait or are under way."""
-        return len(self._queue) + sum(w.build is not None for w in self.workers)
+    def reorder(self) -> None:
+        """A build's rank has changed."""
+        heapq.heapify(self._queue)
+        self._attend()
 
     def drop(self, build: Build) -> None:
         """Nobody wants it any more. What its actor has published stays."""
-        if build in self._queue:
-            self._queue.remove(build)
-            heapq.heapify(self._queue)
         build.done.cancel()
-        if build.worker is not None:
+        self._tidy()
+        if build.worker in self.workers:
             self._dismiss(build.worker)
         self._wake.set()
 
     def _push(self, build: Build) -> None:
-        heapq.heappush(self._queue, build)
+        if build not in self._queue:
+            heapq.heappush(self._queue, build)
         self._attend()
+
+    def _tidy(self) -> None:
+        """Forgets builds that other fleets' actors have taken, and what nobody wants."""
+        waiting = [build for build in self._queue if build.waits]
+        if len(waiting) < len(self._queue):
+            self._queue = waiting
+            heapq.heapify(self._queue)
+
+    def _empty(self) -> list[Build]:
+        """Takes all builds that wait."""
+        self._tidy()
+        queue, self._queue = self._queue, []
+        return queue
 
     def _attend(self) -> None:
         """Something has changed in the queue."""
@@ -219,6 +244,7 @@ class Fleet:
 
     def _due(self) -> int:
         """Builds that somebody waits for and no actor has taken yet."""
+        self._tidy()
         return sum(build.due for build in self._queue)
 
     def _next(self) -> Build | None:
@@ -226,6 +252,7 @@ class Fleet:
 
         Only one stays for what is built ahead, and only if that is over soon.
         """
+        self._tidy()
         if not self._queue:
             return None
         if not self._queue[0].due:
@@ -252,6 +279,7 @@ class Fleet:
 
     def _adjust(self, room: float) -> None:
         """Starts or withdraws actors until there are as many as work and room are there for."""
+        self._tidy()
         busy = [w.build for w in self.workers if w.build is not None]
         due = [build for build in self._queue if build.due]
         limits = [math.inf if b.at_once is None else b.at_once for b in (*busy, *due)]
@@ -283,7 +311,9 @@ class Fleet:
                 return
             end = time.monotonic() + LEASE_SECONDS
             while worker in self.workers and time.monotonic() < end and (build := self._next()):
-                worker.build, build.worker = build, worker
+                worker.build, build.worker, build.fleet = build, worker, self
+                for fleet in build.offered:
+                    fleet._wake.set()
                 await self._one(worker.actor, build)
                 worker.build = build.worker = None
         except Exception as error:  # its process, node, GPU or data are gone, above all
@@ -331,7 +361,8 @@ class Fleet:
         if build.done.done():
             return
         if build.losses < LOSSES:
-            self._push(build)
+            for fleet in build.offered:
+                fleet._push(build)
         elif isinstance(error, GpuFull):
             build.done.set_exception(error)
         else:
@@ -351,7 +382,7 @@ class Fleet:
         """
         if not self._measured:
             return
-        if kinds := set(await asyncio.to_thread(gpu_kinds, self._health.left_out)):
+        if kinds := await asyncio.to_thread(gpu_kinds, self._health.left_out):
             before, self._kinds = self._kinds, kinds
             if before not in (None, kinds) or (self._only is not None and self._only not in kinds):
                 self.share_out_anew()
@@ -359,8 +390,7 @@ class Fleet:
     def share_out_anew(self) -> None:
         """Gives all builds back that wait, if a share was measured on this kind of GPU."""
         if self._measured:
-            queue, self._queue = self._queue, []
-            self._give_back(queue, OtherKind(f"not only GPUs of the kind {self.kind} are there"))
+            self._give_back(self._empty(), OtherKind("other GPUs than before may be used"))
 
     @staticmethod
     def _give_back(builds: Iterable[Build], error: Exception) -> None:
@@ -371,15 +401,14 @@ class Fleet:
 
     def _failed_start(self, error: Exception) -> None:
         if isinstance(error, NothingLeft):
-            queue, self._queue = self._queue, []
-            self._give_back(queue, error)
+            self._give_back(self._empty(), error)
             return
         self._failed_starts += 1
         if self._failed_starts < ATTEMPTS or not self._due():
             return
         self._failed_starts = 0
         build = heapq.heappop(self._queue)
-        if not build.done.done():
+        if not any(build in fleet._queue for fleet in build.offered):
             reason = " ".join(str(error).split())[:200]
             build.done.set_exception(
                 PlaceError(f"expert actors could not be started {ATTEMPTS} times ({reason}).")
@@ -403,17 +432,13 @@ def start_actor(
     return ray.remote(actor).options(**options).remote()
 
 
-def gpu_kinds(left_out: Collection[str] = ()) -> dict[str | None, float]:
-    """Kind of GPU -> how many the cluster has now, but for nodes that are ``left_out``.
+def gpu_kinds(left_out: Collection[str] = ()) -> set[str | None]:
+    """The kinds of GPU that the cluster has now, but for nodes that are ``left_out``.
 
     By the names that Ray gives them; None for those without a name.
     """
-    found: dict[str | None, float] = {}
-    for node in standing_nodes():
-        gpus = node["Resources"].get("GPU", 0)
-        if gpus and node["NodeID"] not in left_out:
-            found[_kind(node)] = found.get(_kind(node), 0) + gpus
-    return found
+    nodes = (node for node in standing_nodes() if node["NodeID"] not in left_out)
+    return {_kind(node) for node in nodes if node["Resources"].get("GPU", 0)}
 
 
 def has_others(name: str, kind: str | None) -> bool:
