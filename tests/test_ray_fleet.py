@@ -642,7 +642,7 @@ def test_gpu_of_another_kind_that_joins_is_used_with_a_share_of_its_own(
     nodes(num_cpus=2, num_gpus=1, resources={"accelerator_type:T4": 1})
     assert ask(answer) == [0, 1, 2, 3]
     ray.kill(blocker)
-    assert {share for _, share, *_ in built(tmp_path)} == {1 / 3, 1}
+    assert {share for _, share, *_ in built(tmp_path)} == {1}
 
 
 @pytest.mark.heavy
