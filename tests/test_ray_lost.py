@@ -392,7 +392,6 @@ def test_sweep_leaves_out_a_node_that_cannot_have_the_data_and_names_it(cluster,
     assert "FTD_CACHE" in summary["left_out"][0]
 
 
-@pytest.mark.unproven
 @pytest.mark.heavy
 @pytest.mark.timeout(900)
 def test_sweep_of_which_no_node_has_the_data_stops_with_one_line_and_goes_on_elsewhere(
