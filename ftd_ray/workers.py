@@ -29,7 +29,7 @@ from ftd.errors import Diverged, UserError
 from ftd.trajectory import DamagedError
 from ftd_ray.cache import CachedExperts
 from ftd_ray.experts.orders import ExpertOrder
-from ftd_ray.node_faults import GpuMemory, NodeFault, faults_of_the_node, gpus_here
+from ftd_ray.node_faults import GpuMemory, NodeFault, assigned, faults_of_the_node, gpus_here
 from ftd_ray.nodes import Health, beside, nodes_able, standing_nodes
 from ftd_ray.storage import PlaceError
 
@@ -120,7 +120,7 @@ class TrialWorker(OnNode):
         try:
             with faults_of_the_node(gpus_here()):
                 if self._spec is not None:
-                    self.check(self._spec.numerics)
+                    self._settle(self._spec.numerics)
                 report = next(self._reports)
         except BaseException:
             self._spec = None  # what is asked for next, begins at the checkpoint
@@ -132,9 +132,16 @@ class TrialWorker(OnNode):
         """What a function makes of a specification, and the seconds that it took."""
         self._forget()
         with faults_of_the_node(gpus_here()):
-            self.check(spec.numerics)
+            self._settle(spec.numerics)
             began = time.perf_counter()
             return function(spec), time.perf_counter() - began
+
+    def _settle(self, numerics: Any) -> None:
+        """Keeps to this worker's part of memory; then work may begin."""
+        from ftd_ray.limits import limit_worker
+
+        limit_worker(gpus_here(), assigned("memory"))
+        self.check(numerics)
 
     def check(self, numerics: Any) -> None:
         """Raises NodeFault where the device does not compute what it should."""
