@@ -65,7 +65,7 @@ KINDS = {
 }
 """How often each kind comes, beside the others."""
 
-ALWAYS_THERE = ("driver", "raylet", "head")
+ALWAYS_THERE = ("driver", "raylet", "head", "idle")
 """They stand in for no other: else they would be all that dies while a sweep begins."""
 
 TITLES = {
@@ -148,7 +148,7 @@ def left_in(folder: Path) -> dict[str, Any]:
         if path.is_file():
             whole = path.suffix == ".npz"
             left[f"folder: {path.relative_to(runs)}"] = digest(path.read_bytes()) if whole else ""
-    return left | left_in_mlflow(folder) | {"summary": summary_left(folder)}
+    return left | left_in_mlflow(folder) | summary_left(folder)
 
 
 def left_in_mlflow(folder: Path) -> dict[str, Any]:
@@ -181,7 +181,8 @@ def summary_left(folder: Path) -> dict[str, Any]:
     )  # fmt: skip
     experts = known["experts"]["built"] + known["experts"]["reused"]
     best = {k: v for k, v in known["best"].items() if k != "artifact"}
-    return {k: known[k] for k in kept} | {"best": best, "experts": experts}
+    left = {k: known[k] for k in kept} | {"best": best, "experts": experts}
+    return {f"summary: {k}": v for k, v in left.items()}
 
 
 def digest(content: bytes) -> str:
@@ -262,9 +263,12 @@ class Disturbed:
             if self._is_over(kill.pause):
                 return
             self._replace_lost()
-            if self._comes_or_is_over(kill.kinds[0]):
-                return
-            self._strike(kill)
+            came = time.monotonic()
+            while not self._strike(kill, patient=time.monotonic() < came + PATIENCE):
+                if self._is_over(0.1):
+                    return
+                if time.monotonic() > came + END_SECONDS:
+                    raise GaveUp(f"nobody could be killed for {END_SECONDS} s")
         self._replace_lost()
         if not self._is_over(END_SECONDS):
             raise GaveUp(f"it has not ended {END_SECONDS} s after the last kill")
@@ -316,26 +320,20 @@ class Disturbed:
 
     # --- kills ------------------------------------------------------------------------------
 
-    def _comes_or_is_over(self, kind: str) -> bool:
-        """Waits a while for a process of that kind; says whether the sweep ended meanwhile."""
-        end = time.monotonic() + PATIENCE
-        while not (kind == "head" or self._of_kind(kind)) and time.monotonic() < end:
-            if self._is_over(0.1):
-                return True
-        return False
-
-    def _strike(self, kill: Kill) -> None:
-        for kind in kill.kinds:
+    def _strike(self, kill: Kill, *, patient: bool) -> bool:
+        """Kills a process of the kind that was drawn, or of another one; says whether it did."""
+        for kind in kill.kinds[: 1 if patient else None]:
             if kind == "head":
                 self._note(kind, "the head, and all other nodes with it")
                 self._power_off()
-                return
+                return True
             if found := self._of_kind(kind):
                 victim = found[int(kill.which * len(found))]
-                with contextlib.suppress(psutil.Error):  # it has just ended: then the next kind
-                    self._note(kind, f"{victim.pid} {' '.join(victim.cmdline())[:60]}")
+                with contextlib.suppress(psutil.Error):  # it has just ended
+                    self._note(kind, f"{victim.pid} {' '.join(victim.cmdline())[:60].strip()}")
                     self._kill(kind, victim)
-                    return
+                    return True
+        return False
 
     def _kill(self, kind: str, victim: psutil.Process) -> None:
         if kind == "raylet":
