@@ -35,6 +35,7 @@ import psutil
 import pytest
 from ray_helpers import environment, mlflow_runs, run_sweep, summary_of, tiny, write_sweep
 
+from ftd.data.cache import cache_root
 from ftd_ray.local import ask_for_token
 
 KILLS = 12
@@ -283,8 +284,12 @@ class Disturbed:
             self._add_node()
 
     def _add_node(self) -> None:
-        """A node that has nothing yet, not even the data."""
+        """A node that has no data yet, only the kernels: to compile them takes half a sweep."""
         cache = self._folder / "caches" / str(next(self._nodes))
+        cache.mkdir(parents=True)
+        kernels = cache_root() / "native"
+        kernels.mkdir(parents=True, exist_ok=True)
+        (cache / "native").symlink_to(kernels)
         self._cluster.add_node(num_cpus=2, env_vars={"FTD_CACHE": str(cache)})
 
     def _replace_lost(self) -> None:
