@@ -67,8 +67,8 @@ KINDS = {
 """How often each kind comes, beside the others."""
 
 STAND_INS = ("expert", "worker", "trainable", "pool", "cache")
-"""Kinds that die in the place of one that does not come. What stands from the start is none of them:
-else it would be all that dies while a sweep begins."""
+"""Kinds that die in the place of one that does not come. What stands from the start is not among
+them: else it would be all that dies while a sweep begins."""
 
 TITLES = {
     "broker": "ray::Broker",

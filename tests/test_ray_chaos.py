@@ -9,6 +9,7 @@ from chaos import (
     KILLS,
     KINDS,
     PAUSE,
+    STAND_INS,
     differences,
     disturb,
     schedule,
