@@ -239,8 +239,6 @@ class Disturbed:
         self._lost: list[Any] = []
         """Nodes whose raylet was killed."""
         self._seen: set[psutil.Process] = set()
-        self.killed: list[str] = []
-        """Kinds, in their order."""
 
     def __enter__(self) -> "Disturbed":
         with contextlib.ExitStack() as stack:
@@ -389,7 +387,6 @@ class Disturbed:
         self._seen = set()
 
     def _note(self, kind: str, what: str) -> None:
-        self.killed.append(kind)
         seconds = time.monotonic() - self._began
         with open(self._folder / KILLS_FILE, "a") as log:
             log.write(f"{time.strftime('%H:%M:%S')} {seconds:7.1f} s  {kind:12} {what}\n")
@@ -418,9 +415,15 @@ def story(folder: Path, seed: int, kills: int, wrong: list[str]) -> str:
             f"seed {seed}: again by  python tests/chaos.py --seed {seed} --kills {kills}",
             *wrong,
             f"killed until then ({folder / KILLS_FILE}):",
-            (folder / KILLS_FILE).read_text() if (folder / KILLS_FILE).exists() else "nothing",
+            killed_in(folder),
         ]
     )
+
+
+def killed_in(folder: Path) -> str:
+    """The kills of a sweep, a line each."""
+    log = folder / KILLS_FILE
+    return log.read_text() if log.exists() else ""
 
 
 # --- the command ----------------------------------------------------------------------------
@@ -445,7 +448,7 @@ def main() -> int:
             if search not in expected:
                 expected[search] = undisturbed(folder / search, search)
             wrong = disturb(place, seed, args.kills, expected[search])
-            killed = len((place / KILLS_FILE).read_text().splitlines())
+            killed = len(killed_in(place).splitlines())
             says = f"seed {seed}  {search}  {killed} kills  {time.monotonic() - began:.0f} s"
             print(f"{says}  {'FAILED' if wrong else 'passed'}", flush=True)
             if wrong:
