@@ -3,6 +3,7 @@ PYTHON ?= python3
 PORT ?= 5000
 BIN := .venv/bin
 READY := .venv/.ready
+LAB := .venv/lab/.ready
 
 .PHONY: sweep test test-heavy test-unproven soak lint bench ui docs clean
 
@@ -12,11 +13,10 @@ sweep: $(READY)  ## search on the bundled digits, to the end; goes on if it was 
 test: $(READY) lint  ## lint, types and every test that is not heavy
 	$(BIN)/python tests/run_lanes.py quick $(ARGS)
 
-test-heavy: $(READY)  ## the tests that take minutes
+test-heavy: $(READY) $(LAB)  ## the tests that take minutes
 	$(BIN)/python tests/run_lanes.py heavy $(ARGS)
 
-test-unproven: $(READY)  ## heavy tests that have not been seen to pass yet: of a whole cluster, above all
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,lab]'
+test-unproven: $(READY) $(LAB)  ## heavy tests that have not been seen to pass yet
 	$(BIN)/python -m pytest -m unproven --timeout 900 $(ARGS)
 
 soak: $(READY)  ## kill a sweep's processes at random, seed by seed, until Ctrl-C or ARGS="--seeds 20"
@@ -44,4 +44,18 @@ $(READY): pyproject.toml constraints.txt
 		{ echo "make: $(PYTHON) is older than Python 3.11. Install a newer one, or say make PYTHON=python3.12." >&2; exit 2; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# What the hosts of the tests' lab run: the packages above, and what `ray job submit` takes beside
+# them. Were it in .venv, every cluster of the other tests would start a dashboard, which costs more
+# than they do.
+$(LAB): $(READY)
+	rm -rf .venv/lab
+	$(BIN)/python -m venv .venv/lab
+	$(BIN)/python -c 'import site; print(*site.getsitepackages(), sep="\n")' \
+		>"$$(echo .venv/lab/lib/python3*/site-packages)/above.pth"
+	.venv/lab/bin/pip install --quiet --disable-pip-version-check -c constraints.txt 'ray[default]'
+	printf '#!%s\nfrom ray.scripts.scripts import main\n\nmain()\n' "$(CURDIR)/.venv/lab/bin/python" \
+		>.venv/lab/bin/ray
+	chmod +x .venv/lab/bin/ray
 	@touch $@

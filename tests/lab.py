@@ -69,19 +69,27 @@ def lacking() -> str | None:
 
 
 class Host:
-    """A machine of the room; ``environment`` is that of every process that is started on it."""
+    """A machine of the room; ``environment`` is that of all who log in, and of what is run here.
 
-    def __init__(self, name: str, address: str, disk: Path, environment: Mapping[str, str]):
+    What is run here finds ``programs`` too.
+    """
+
+    def __init__(
+        self, name: str, address: str, disk: Path, environment: Mapping[str, str], programs: Path
+    ):
         self.name = name
         self.address = address
+        self.card = "02:00:" + ":".join(f"{int(n):02x}" for n in address.split("."))
+        """Its network card's own address, as which others know it after a boot, too."""
         self.home = disk / HOME.relative_to("/")
         self.environment = {
             "HOME": str(HOME),
-            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+            "PATH": os.pathsep.join([str(programs), os.environ["PATH"]]),
             "LANG": "C.UTF-8",
             "TERM": "dumb",
             **environment,
         }
+        self._profile = "".join(f"export {k}='{v}'\n" for k, v in environment.items())
         self._disk = disk
         self._holder: subprocess.Popen[str] | None = None
         self.pid = 0
@@ -97,8 +105,7 @@ class Host:
             shutil.copy(key, ssh / name)
         shutil.copy(key.with_suffix(".pub"), ssh / "authorized_keys")
         (ssh / "sshd_config").write_text(SSHD)
-        exports = (f"export {k}='{v}'\n" for k, v in self.environment.items())
-        (self.home / ".bashrc").write_text("".join(exports))  # read by all that the launcher runs
+        (self.home / ".bashrc").write_text(self._profile)  # read by all that the launcher runs
 
     @property
     def is_on(self) -> bool:
@@ -181,7 +188,7 @@ class Room:
     """A desk, where one sits and where services run, and hosts; ends with its ``with`` block.
 
     Environments are given by the hosts' names. All of them know each other by name, and one key
-    opens every door.
+    opens every door. ``programs`` is a folder of this Python's, or one that is beside it.
     """
 
     def __init__(
@@ -189,11 +196,12 @@ class Room:
         folder: Path,
         hosts: Mapping[str, Mapping[str, str]],
         desk: Mapping[str, str] | None = None,
+        programs: Path = Path(sys.executable).parent,
     ):
         self._folder = folder
-        self._all = [Host("desk", DESK, folder / "desk", desk or {})]
+        self._all = [Host("desk", DESK, folder / "desk", desk or {}, programs)]
         for i, (name, variables) in enumerate(hosts.items(), start=2):
-            self._all.append(Host(name, f"{NETWORK}.{i}", folder / name, variables))
+            self._all.append(Host(name, f"{NETWORK}.{i}", folder / name, variables, programs))
         self.desk, *self.hosts = self._all
 
     def __enter__(self) -> Self:
@@ -222,11 +230,12 @@ class Room:
         host.start()
         self._network(
             self.desk,
-            f"link add {host.name} type veth peer name eth0 netns {host.pid}",
+            f"link add {host.name} type veth peer name eth0 address {host.card} netns {host.pid}",
             f"link set {host.name} master {BRIDGE} up",
         )
         self._network(host, *self._up(host, "eth0"))
-        ssh = ("ssh", "-o", "StrictHostKeyChecking=no", "-o", "LogLevel=ERROR", host.name, "true")
+        options = ("StrictHostKeyChecking=no", "LogLevel=ERROR", "ConnectTimeout=2")
+        ssh = ("ssh", *(f"-o{option}" for option in options), host.name, "true")
         wait_until(
             f"{host.name} by ssh", lambda: self.desk.run(*ssh).returncode == 0, seconds=60, every=1
         )

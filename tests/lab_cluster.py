@@ -1,7 +1,7 @@
 """The lab: a room of one head and two workers, S3 at its desk, and Ray by clusters/on-prem.yaml.
 
 The file is used as it stands, by ``ray up`` from the desk, but for two things: its EDIT lines are
-edited, and nothing is installed, as there is no way out; every host sees this Python instead.
+edited, and nothing is installed, as there is no way out; every host sees a Python of this machine.
 """
 
 import json
@@ -29,7 +29,12 @@ CHECKOUT = HOME / "ftd-ray"
 VENV = HOME / "ftd-venv"
 """Where the file looks for Python."""
 
+PYTHON = Path(sys.prefix) / "lab"
+"""What is there: this environment's packages, and what `ray job submit` takes beside them, which
+would slow every other cluster of the tests down (Makefile)."""
+
 SWEEP = "sweeps/digits.yaml"
+RAY_PORT, CLIENT_PORT = 6379, 10001
 
 S3 = f"http://{DESK}:9000"
 BUCKET = "lab"
@@ -65,8 +70,7 @@ class Request:
 def environment(cpus: int) -> dict[str, str]:
     """What ~/.bashrc of a host says: where S3 is, and what makes Ray small and quick to notice."""
     return s3_environment(S3) | {
-        "PYTHONPATH": str(CHECKOUT),
-        "RAY_AUTH_MODE": "token",
+        "PYTHONPATH": str(CHECKOUT),  # as `pip install -e .` would do
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_OVERRIDE_RESOURCES": json.dumps({"CPU": cpus}),
         "RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES": "200000000",
@@ -74,8 +78,8 @@ def environment(cpus: int) -> dict[str, str]:
         "RAY_health_check_period_ms": "2000",
         "RAY_health_check_timeout_ms": "4000",
         "RAY_health_check_failure_threshold": "5",
-        "RAY_gcs_rpc_server_reconnect_timeout_s": "30",  # then a worker without a head ends
-        "RAY_UP_enable_autoscaler_v2": "0",
+        "RAY_gcs_rpc_server_reconnect_timeout_s": "20",  # then a worker without a head ends
+        "PATIENCE": "40",  # of MLflow, when Ray has ended
         "AUTOSCALER_HEARTBEAT_TIMEOUT_S": "15",
         "GIT_PYTHON_REFRESH": "quiet",
     }
@@ -89,7 +93,9 @@ def edited(head: Host, workers: Sequence[Host]) -> dict[str, Any]:
     file = yaml.safe_load(text.replace(shared, f"s3://{BUCKET}"))
     file["provider"] |= {"head_ip": head.address, "worker_ips": [w.address for w in workers]}
     file["auth"] = {"ssh_user": "root", "ssh_private_key": "~/.ssh/id_ed25519"}
-    return file | {"setup_commands": []}
+    setup = [c for c in file["setup_commands"] if "pip install" not in c]
+    assert len(setup) == len(file["setup_commands"]) - 1
+    return file | {"setup_commands": setup}
 
 
 def left_out(folder: str, names: list[str]) -> set[str]:
@@ -99,20 +105,24 @@ def left_out(folder: str, names: list[str]) -> set[str]:
 
 
 class Lab:
-    """Three hosts with room for one worker of a sweep each, and a desk; ends with its block."""
+    """Three hosts with room for one worker of a sweep each, and a desk; ends with its block.
+
+    Beside them stands a host that has nothing to do with them.
+    """
 
     def __init__(self, folder: Path):
         head, worker = environment(cpus=2), environment(cpus=1)  # its other one: trials' tokens
-        names = {"head": head, "worker-1": worker, "worker-2": worker}
+        names = {"head": head, "worker-1": worker, "worker-2": worker, "stranger": {}}
         self._log = folder / "s3.txt"
-        self.room = Room(folder, names, desk=environment(cpus=0))
+        self.room = Room(folder, names, desk=environment(cpus=0), programs=PYTHON / "bin")
         self.desk = self.room.desk
-        self.head, *self.workers = self.room.hosts
+        *self.hosts, self.stranger = self.room.hosts
+        self.head, *self.workers = self.hosts
 
     def __enter__(self) -> Self:
-        for host in self.room.hosts:
+        for host in self.hosts:
             host.home.mkdir(parents=True)
-            (host.home / VENV.name).symlink_to(sys.prefix)
+            (host.home / VENV.name).symlink_to(PYTHON)
         checkout = self.desk.home / CHECKOUT.name
         shutil.copytree(REPOSITORY, checkout, ignore=left_out)
         file = edited(self.head, self.workers)
@@ -136,14 +146,14 @@ class Lab:
     def _serve_s3(self) -> None:
         at = urllib.parse.urlsplit(S3)
         serve = f"from moto.server import main; main(['-H', '{at.hostname}', '-p', '{at.port}'])"
-        self.desk.spawn(sys.executable, "-c", serve, log=self._log)
+        self.desk.spawn("python", "-c", serve, log=self._log)
         put = (
             "import urllib.request as r; "
             f"r.urlopen(r.Request('{S3}/{BUCKET}', method='PUT'), timeout=20)"
         )
         wait_until(
             "a bucket",
-            lambda: self.desk.run(sys.executable, "-c", put).returncode == 0,
+            lambda: self.desk.run("python", "-c", put).returncode == 0,
             seconds=SECONDS,
             every=1,
         )
@@ -160,18 +170,18 @@ class Lab:
         Ray gives a host that starts one try of some seconds, which a busy machine can miss; then
         it takes another ``ray up``.
         """
-        for host in self.room.hosts:
+        for host in self.hosts:
             if not host.is_on:
                 self.room.power_on(host)
         ups: list[str] = []
         while not self._joined():
             assert len(ups) < ATTEMPTS, ups
-            ran = self.at_desk("ray up --yes lab.yaml")
+            ran = self.at_desk("RAY_UP_enable_autoscaler_v2=0 ray up --yes lab.yaml")
             ups.append(ran.stdout + ran.stderr)
 
     def _joined(self) -> bool:
         """Whether all hosts are in the cluster, now or soon; False at once without a cluster."""
-        everyone = sorted(h.address for h in self.room.hosts)
+        everyone = sorted(h.address for h in self.hosts)
         end = time.monotonic() + JOIN_SECONDS
         while (nodes := self._alive()) and time.monotonic() < end:
             if sorted(nodes.values()) == everyone:
@@ -184,8 +194,12 @@ class Lab:
         ran = self.at_desk("ray down --yes lab.yaml")
         assert ran.returncode == 0, ran.stdout + ran.stderr
 
+    def ray(self, *words: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+        """``ray`` on the head, with the cluster's token."""
+        return self.head.run("env", "RAY_AUTH_MODE=token", "ray", *words, timeout=timeout)
+
     def _listed(self, what: str) -> list[dict[str, Any]]:
-        ran = self.head.run("ray", "list", what, "--format=json", "--limit=10000")
+        ran = self.ray("list", what, "--format=json", "--limit=10000")
         return json.loads(ran.stdout) if ran.returncode == 0 else []
 
     def _alive(self) -> dict[str, str]:
@@ -213,8 +227,9 @@ class Lab:
         run = f"cd {CHECKOUT} && exec python -m ftd_ray.sweep {shlex.join(words)}"
         options = [f"--address={DASHBOARD}", f"--submission-id={job}"]
         options += [] if wait else ["--no-wait"]
-        submit = ("ray", "job", "submit", *options, "--", "bash", "-c", run)
-        return self.head.check(*submit, timeout=SECONDS)
+        ran = self.ray("job", "submit", *options, "--", "bash", "-c", run, timeout=SECONDS)
+        assert ran.returncode == 0, ran.stdout + ran.stderr
+        return ran.stdout
 
     def log(self, job: str) -> str:
         """What a job has said so far."""
@@ -223,8 +238,8 @@ class Lab:
     def wait_for(self, job: str) -> None:
         """Until a job has succeeded."""
         address = f"--address={DASHBOARD}"
-        self.head.run("ray", "job", "logs", address, "--follow", job, timeout=SECONDS)
-        status = self.head.check("ray", "job", "status", address, job)
+        self.ray("job", "logs", address, "--follow", job, timeout=SECONDS)
+        status = self.ray("job", "status", address, job).stdout
         assert "succeeded" in status, status + self.log(job)
 
     def results(self, sweep: str) -> dict[str, Any]:

@@ -21,6 +21,7 @@ TESTS = Path(__file__).parent
 WAITING = "test_ray_storage_faults.py"
 """Waits for timeouts, and takes next to no CPU."""
 LONGEST = [
+    "test_lab_cluster.py",
     "test_cluster_image.py",
     "test_ray_fleet.py",
     "test_ray_kills.py",

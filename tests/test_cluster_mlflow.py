@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -82,6 +83,27 @@ def test_the_first_start_has_nothing_to_restore(tmp_path: Path) -> None:
     restored = script("backup.py", "restore", tmp_path / "mlflow.db", tmp_path / "bucket")
     assert restored.returncode == 0 and "nothing to restore" in restored.stdout
     assert not (tmp_path / "mlflow.db").exists()
+
+
+def test_copies_end_with_what_they_are_made_beside_after_a_last_one(
+    database: Path, tmp_path: Path
+) -> None:
+    ray = socket.create_server(("127.0.0.1", 0))
+    beside = ("--beside", str(ray.getsockname()[1]), "--patience", "1", "--every", "300")
+    copy = tmp_path / "bucket" / "mlflow.db"
+    command = [sys.executable, str(CLUSTERS / "backup.py"), "watch", database, copy.parent, *beside]
+    watch = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    try:
+        wait_until("a copy", copy.exists, seconds=60)
+        with sqlite3.connect(database) as connection:
+            connection.execute("INSERT INTO t VALUES (1000)")
+        connection.close()
+        assert watch.poll() is None
+        ray.close()
+        assert watch.wait(timeout=60) == 0
+    finally:
+        watch.kill()
+    assert rows(copy)[-1] == 1000
 
 
 def test_a_place_that_cannot_be_reached_is_one_line(tmp_path: Path) -> None:

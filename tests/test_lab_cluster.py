@@ -1,5 +1,5 @@
 """A cluster that really runs: ``ray up`` of clusters/on-prem.yaml on three hosts, sweeps on all of
-them, hosts that lose power in the middle, and ``ray down``. The tests are one story, in this order.
+them, hosts that fail or lose power in the middle, and ``ray down``. One lab serves all, in turn.
 """
 
 import contextlib
@@ -10,11 +10,12 @@ from typing import Any
 
 import psutil
 import pytest
-from lab import Host, lacking, namespace
-from lab_cluster import SECONDS, Lab
+from grpc_helpers import OK, UNAUTHENTICATED
+from lab import HOME, Host, lacking, namespace
+from lab_cluster import CHECKOUT, CLIENT_PORT, DASHBOARD, PYTHON, RAY_PORT, SECONDS, TRACKING, Lab
 from ray_helpers import wait_until
 
-pytestmark = [pytest.mark.heavy, pytest.mark.unproven, pytest.mark.timeout(4 * SECONDS)]
+pytestmark = [pytest.mark.heavy, pytest.mark.unproven, pytest.mark.timeout(2 * SECONDS)]
 
 TRIALS = 6
 EXPERTS = 3
@@ -40,14 +41,36 @@ SMALL = (
     "search.sampler=random",
     "search.pruner=none",
 )
-"""The digits' sweep, made to take about a minute; every host has work in it."""
+"""The digits' sweep, made to take less than a minute; every host has work in it."""
+
+JOIN = "import sys, ray; ray.init(sys.argv[1], log_to_driver=False, logging_level='CRITICAL')"
+KNOCK = "import socket, sys; socket.create_connection((sys.argv[1], int(sys.argv[2])), timeout=9)"
+CALL = """
+import sys
+folder, port, method, *token = sys.argv[1:]
+sys.path.append(folder)
+from grpc_helpers import grpc_status
+print(grpc_status(int(port), method, **{"authorization": f"Bearer {t}" for t in token}))
+"""
+
+CALLS = {
+    RAY_PORT: "/ray.rpc.NodeInfoGcsService/GetAllNodeInfo",
+    CLIENT_PORT: "/ray.rpc.RayletDriver/ClusterInfo",
+}
+"""A call that a server on each of the head's open ports takes from those who have the token."""
+
+UNKNOWN = "2"
+"""What Ray Client says to an empty message: it has taken the call."""
+
+REFUSED = "AuthenticationError|UNAUTHENTICATED"
 
 
 @pytest.fixture(scope="module")
 def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     if reason := lacking():
         pytest.skip(reason)
-    pytest.importorskip("aiohttp_cors", reason="`ray job submit` takes ray[default]: extra `lab`")
+    if not PYTHON.exists():
+        pytest.skip(f"the lab's Python is not at {PYTHON}: `make test-heavy` puts it there")
     with Lab(tmp_path_factory.mktemp("lab")) as lab:
         yield lab
 
@@ -59,9 +82,16 @@ def lab(hosts: Lab) -> Lab:
     return hosts
 
 
-def assert_whole(lab: Lab, sweep: str) -> None:
+@pytest.fixture(scope="module")
+def undisturbed(hosts: Lab) -> dict[str, Any]:
+    """What a sweep of which nothing is lost leaves."""
+    hosts.assemble()
+    assert "succeeded" in hosts.submit("undisturbed", "undisturbed", *SMALL)
+    return hosts.results("undisturbed")
+
+
+def assert_whole(lab: Lab, sweep: str, found: dict[str, Any]) -> None:
     """Exactly the trials asked for, none failed; every expert once; no run goes on."""
-    found = lab.results(sweep)
     trials, summary = found["trials"], found["summary"]
     assert [(t["number"], t["state"]) for t in trials] == [(i, "complete") for i in range(TRIALS)]
     assert (summary["state"], summary["interrupted"], found["interrupted"]) == ("done", 0, 0)
@@ -85,42 +115,88 @@ def assert_runs(runs: list[dict[str, Any]]) -> None:
     assert numbers == list(range(TRIALS))
 
 
-def test_sweep_submitted_as_a_job_uses_every_host(lab):
-    said = lab.submit("whole", "whole", *SMALL)
-    assert "succeeded" in said
-    assert_whole(lab, "whole")
-    everyone = {h.address for h in lab.room.hosts}
-    assert {r.host for r in lab.published("whole")} == everyone
+def outcomes(found: dict[str, Any]) -> list[tuple[Any, ...]]:
+    """What every trial of a sweep came to, by its number."""
+    return [(t["params"], t["value"]) for t in found["trials"]]
+
+
+def test_sweep_submitted_as_a_job_uses_every_host(lab, undisturbed):
+    assert_whole(lab, "undisturbed", undisturbed)
+    everyone = {h.address for h in lab.hosts}
+    assert {r.host for r in lab.published("undisturbed")} == everyone
     assert lab.places("TrialWorker") == everyone
 
 
-def test_sweep_goes_on_when_a_worker_loses_power(lab):
+def test_strangers_are_refused_by_the_cluster_and_its_jobs(lab):
+    strangers = (
+        ("RAY_AUTH_MODE=disabled",),
+        ("RAY_AUTH_MODE=token", f"RAY_AUTH_TOKEN={'0' * 64}"),
+    )
+    there = f"{lab.head.address}:{RAY_PORT}"
+    submit = ("ray", "job", "submit", f"--address={DASHBOARD}", "--", "touch", "/tmp/submitted")
+    for said in strangers:
+        ran = lab.stranger.run("env", *said, "python", "-c", JOIN, there)
+        assert ran.returncode and re.search(REFUSED, ran.stdout + ran.stderr), said
+        ran = lab.head.run("env", "HOME=/tmp/nobody", *said, *submit)
+        assert ran.returncode and re.search(REFUSED, ran.stdout + ran.stderr), said
+    assert lab.head.run("test", "-e", "/tmp/submitted").returncode == 1
+    for address in (DASHBOARD, TRACKING):  # only for those who are on the head
+        port = address.rpartition(":")[2]
+        ran = lab.stranger.run("python", "-c", KNOCK, lab.head.address, port)
+        assert "ConnectionRefusedError" in ran.stderr, port
+    token = lab.head.check("cat", ".ray/auth_token").strip()
+    for port, method in CALLS.items():
+        call = ("python", "-c", CALL, str(CHECKOUT / "tests"), str(port), method)
+        assert lab.head.check(*call).strip() == UNAUTHENTICATED
+        assert lab.head.check(*call, "0" * 64).strip() == UNAUTHENTICATED
+        assert lab.head.check(*call, token).strip() in (OK, UNKNOWN)
+
+
+def test_sweep_goes_on_when_a_worker_loses_power(lab, undisturbed):
     lost = lab.workers[1]
     lab.submit("worker-lost", "worker-lost", *SMALL, wait=False)
     wait_until("trials on it", lambda: at_work(lost), seconds=SECONDS, every=0.5)
     lab.room.power_off(lost)
     lab.wait_for("worker-lost")
-    assert_whole(lab, "worker-lost")
+    found = lab.results("worker-lost")
+    assert_whole(lab, "worker-lost", found)
+    assert outcomes(found) == outcomes(undisturbed)
 
 
-def test_sweep_whose_head_loses_power_is_resumed_after_another_ray_up(lab):
+def test_worker_that_fails_every_task_is_left_out_and_named(lab, undisturbed):
+    sick, cache = lab.workers[0], str(HOME / ".cache")
+    sick.check("mkdir", "-p", cache)
+    sick.check("mount", "-t", "tmpfs", "-o", "ro", "tmpfs", cache)  # as a disk that has failed
+    lab.submit("sick", "sick", *SMALL)
+    sick.check("umount", cache)
+    found = lab.results("sick")
+    assert_whole(lab, "sick", found)
+    assert outcomes(found) == outcomes(undisturbed)
+    (named,) = found["summary"]["left_out"]
+    assert sick.address in named and "Read-only" in named
+    assert sick.address not in {r.host for r in lab.published("sick")}
+
+
+def test_sweep_whose_head_loses_power_is_resumed_after_another_ray_up(lab, undisturbed):
     lab.submit("head-lost", "head-lost", *SMALL, wait=False)
     wait_until("reports", lambda: "  step " in lab.log("head-lost"), seconds=SECONDS, every=1)
     lab.room.power_off(lab.head)
     lab.assemble()
     said = lab.submit("head-again", "head-lost", *SMALL, "--resume")
     assert "succeeded" in said
-    assert_whole(lab, "head-lost")
+    found = lab.results("head-lost")
+    assert_whole(lab, "head-lost", found)
+    assert outcomes(found) == outcomes(undisturbed)
 
 
-def test_ray_down_leaves_mlflow_on_the_head_and_nothing_else(lab):
+def test_ray_down_leaves_nothing_running(lab):
     lab.down()
 
     def left() -> list[str]:
-        running = [(h, title(p)) for h in lab.room.hosts for p in h.processes()]
-        return [t for h, t in running if t and not (h is lab.head and "mlflow" in t)]
+        running = [title(p) for h in lab.hosts for p in h.processes()]
+        return [t for t in running if t]
 
-    wait_until("the end of Ray", lambda: not left(), seconds=SECONDS, every=1)
+    wait_until("the end of all", lambda: not left(), seconds=SECONDS, every=1)
     spaces = {namespace(h.pid) for h in lab.room.hosts}
     lab.close()
     assert not spaces & {namespace(p) for p in psutil.pids()}
