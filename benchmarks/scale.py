@@ -1,10 +1,11 @@
 """Scale: what a cluster of many nodes, experts and trials costs the driver, the broker and S3.
 
 Everything is real but the work and the machines: nodes are Ray's on this machine, each with a CPU
-and a GPU that is not there; experts are trained on 40 images of 8 x 8 and trials take four outer
-steps, on the CPU. The commands are those of users: the store is filled by ``ftd_ray.experts``, then
-``ftd_ray.sweep`` searches, with the store and the sweep's folder on an S3 server and MLflow in
-SQLite. All of it shares this machine's cores, so processor time counts, not wall time.
+and a GPU that is not there, which nothing books, since work on a GPU needs CUDA; experts are
+trained on 40 images of 8 x 8 and trials take four outer steps, on the CPU. The commands are those
+of users: the store is filled by ``ftd_ray.experts``, then ``ftd_ray.sweep`` searches, with the
+store and the sweep's folder on an S3 server and MLflow in SQLite. All of it shares this machine's
+cores, so processor time counts, not wall time.
 """
 
 import contextlib
@@ -332,8 +333,9 @@ def render(results: dict[str, Any]) -> list[str]:
     share = [t["cpu"]["driver"] / t["seconds"] for t in search["thirds"]]
     rates = [t["trials"] / t["seconds"] for t in search["thirds"]]
     return [
-        f"{described(size)}{asked}: Ray's nodes on this machine, each with a CPU and a GPU that is "
-        "not there.",
+        f"{described(size)}{asked}.",
+        "Ray's nodes are on this machine, each with a CPU and a GPU that is not there and that "
+        "nothing books.",
         "Store and sweep's folder lie on a real S3 server on loopback, MLflow is SQLite. The work",
         "is next to nothing (40 images of 8 x 8, a network of width 1, four outer steps), the "
         "platform is all real:",

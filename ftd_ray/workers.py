@@ -290,7 +290,7 @@ def start_pool(cpus: float, gpus: float, memory: int = 0, *, worker: type = Tria
 
 
 class SweepTrial(tune.Trainable):
-    """A trial as Tune sees it; ``config`` is {"order": TrialOrder}.
+    """A trial as Tune sees it; ``config`` has its number and its TrialOrder.
 
     A report is the result {"report": pickled Report}. A trial that cannot go on says why in
     {"failure": reason, "diverged": whether a training of it or of its experts did} and raises at

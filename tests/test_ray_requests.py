@@ -18,9 +18,10 @@ from ftd.s3 import SMALL
 from ftd.trajectory import DamagedError, ExpertSet, NotPublished
 from ftd_ray.experts.broker import Broker
 from ftd_ray.experts.orders import ExpertOrder, Urgency
-from ftd_ray.storage import join, open_uri, write_bytes
+from ftd_ray.storage import files_below, join, open_uri, write_bytes
 from ftd_ray.store import TrajectoryStore, published
 from ftd_ray.store.published import PublishedExperts
+from ftd_ray.trial import forget_checkpoint
 
 EPOCHS = 7  # two parts, two manifests
 
@@ -277,6 +278,15 @@ def test_part_of_an_expert_takes_five_requests_however_many_are_there(s3):
     ]
     # a listing of its folder, the part, and for the manifest a look whether it is there
     assert asked == [{"GET": 2, "HEAD": 1, "PUT": 2}] * 9
+
+
+def test_checkpoint_of_a_trial_that_is_over_takes_three_requests_and_leaves_no_file(s3):
+    folder = "s3://buffers/trials/0001"
+    write_bytes(join(folder, "checkpoint", "state.npz"), b"x")
+    write_bytes(join(folder, "synthetic.npz"), b"x")
+    assert counted(s3, lambda: forget_checkpoint(folder)) == {"HEAD": 1, "DELETE": 1, "PUT": 1}
+    assert files_below(folder) == ["synthetic.npz"]
+    assert counted(s3, lambda: forget_checkpoint(folder)) == {"HEAD": 1}
 
 
 # --- clients --------------------------------------------------------------------------------
