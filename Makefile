@@ -5,7 +5,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 LAB := .venv/lab/.ready
 
-.PHONY: sweep test test-heavy test-unproven lint bench ui docs clean
+.PHONY: sweep test test-heavy test-unproven soak lint bench ui docs clean
 
 sweep: $(READY)  ## search on the bundled digits, to the end; goes on if it was interrupted
 	$(BIN)/python -m ftd_ray.sweep sweeps/digits.yaml --resume $(ARGS)
@@ -18,6 +18,9 @@ test-heavy: $(READY) $(LAB)  ## the tests that take minutes
 
 test-unproven: $(READY) $(LAB)  ## heavy tests that have not been seen to pass yet
 	$(BIN)/python -m pytest -m unproven --timeout 900 $(ARGS)
+
+soak: $(READY)  ## kill a sweep's processes at random, seed by seed, until Ctrl-C or ARGS="--seeds 20"
+	$(BIN)/python tests/chaos.py $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -37,6 +37,7 @@ PARTS = {
     "search": Part("A trial's cost to the driver"),
     "pruning": Part("What pruning saves"),
     "fleet": Part("Training experts on a cluster"),
+    "scale": Part("A large cluster, simulated"),
 }
 
 

@@ -36,6 +36,6 @@ def resolve(backend: str, device: str) -> str:
     return "native" if device == "cpu" and unavailable() is None else "eager"
 
 
-def gradients_for(network: Network, backend: str) -> Gradients:
-    """The gradients of ``network`` by a backend that ``resolve`` has named."""
-    return _BY_NAME[backend](network)
+def gradients_for(network: Network, backend: str, *, room: int | None = None) -> Gradients:
+    """The gradients of ``network`` by a backend that ``resolve`` has named, in so much memory."""
+    return _BY_NAME[backend](network, room=room)

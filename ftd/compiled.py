@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ftd.data.cache import cache_root
 from ftd.errors import UserError
-from ftd.gradients import Gradients, SecondOrder
+from ftd.gradients import FLOAT, Gradients, Pass, SecondOrder
 from ftd.networks import Network
 
 CHUNK = 2**26
@@ -33,10 +33,24 @@ MULTIPLE = 16
 class CompiledGradients(Gradients):
     """``ftd.gradients.Gradients`` over torch.compile. ``engine`` is torch.compile's backend."""
 
-    def __init__(self, network: Network, engine: str | Callable[..., Any] = "inductor"):
-        super().__init__(network)
+    def __init__(
+        self,
+        network: Network,
+        engine: str | Callable[..., Any] = "inductor",
+        *,
+        room: int | None = None,
+    ):
+        super().__init__(network, room=room)
         self._limit = self.images_within(CHUNK)
         self._engine = engine
+
+    def bytes_of(self, what: Pass, images: int, threads: int = 1) -> int:
+        """As autograd's for a chunk, whose graph this is, and the chunks' results."""
+        if what == "logits":
+            return super().bytes_of(what, images)
+        n = self.network
+        results = 2 * images * (n.channels * n.resolution**2 + n.classes) + 2 * n.size
+        return super().bytes_of(what, min(images, self._limit)) + FLOAT * results
 
     def gradient(self, params_P: Tensor, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         loss, grad_P = params_P.new_zeros(()), torch.zeros_like(params_P)

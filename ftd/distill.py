@@ -33,6 +33,7 @@ from ftd.evaluate import draw_real
 from ftd.expert import network_for, sgd_step
 from ftd.gradients import Gradients
 from ftd.matching import GRADIENTS, InnerStep, Match, matching_loss, unroll
+from ftd.memory import room_for_trial
 from ftd.outer import OPTIMISERS, Descent, log_lr_step, rmsprop_step
 from ftd.seeds import generator
 
@@ -408,7 +409,8 @@ def distill(
     A run that goes on from a state gives the bits of one that was never interrupted. Raises
     Diverged when the loss is not finite or eta leaves (0, inf).
     """
-    gradients = gradients_for(network_for(network_name, data.description), backend)
+    network = network_for(network_name, data.description)
+    gradients = gradients_for(network, backend, room=room_for_trial(network, config, data))
     match = GRADIENTS[config.gradient]
     if state is None:
         state = initial_state(config, data, trajectories, gradients, epochs=epochs, seed=seed)

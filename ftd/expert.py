@@ -17,6 +17,7 @@ from ftd.data import Dataset, Split
 from ftd.data.dataset import Description
 from ftd.errors import Diverged, UserError
 from ftd.gradients import Gradients
+from ftd.memory import CLASSIFIED, room_for_expert
 from ftd.networks import ConvNetSpec, Network, build_network
 from ftd.seeds import derive_seed, generator
 from ftd.sharpness import SHARPNESS, sharp_grad
@@ -202,7 +203,8 @@ def train_expert(
     """
     device = torch.device(device)
     seed = derive_seed(config.seed, "expert", index)
-    gradients = gradients_for(network_for(config.network, data.description), backend)
+    network = network_for(config.network, data.description)
+    gradients = gradients_for(network, backend, room=room_for_expert(network, data))
     if resume is None:
         w = gradients.network.init(generator(seed, "init")).to(device)
         velocity = None
@@ -270,11 +272,13 @@ def sgd_step(
 
 
 @torch.no_grad()
-def accuracy(gradients: Gradients, params_P: Tensor, split: Split, batch_size: int = 500) -> float:
+def accuracy(
+    gradients: Gradients, params_P: Tensor, split: Split, batch_size: int = CLASSIFIED
+) -> float:
     """Fraction of ``split`` that the network classifies correctly."""
     right = 0
     everything = torch.arange(len(split), device=params_P.device)
-    for i in everything.split(batch_size):
+    for i in everything.split(min(batch_size, gradients.images_at_once("logits") or batch_size)):
         logits = gradients.logits(params_P, split.batch(i))
         right += int((logits.argmax(1) == split.labels[i]).sum())
     return right / len(split)

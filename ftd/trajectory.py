@@ -40,6 +40,7 @@ import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
 from ftd.errors import UserError
+from ftd.s3 import S3
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -209,6 +210,8 @@ class ExpertSet:
         """Expert -> its manifests as the last listing of the whole set had them, the best first."""
         self._base: dict[int, _End] = {}
         """Expert -> what its writer, this object, trains on from."""
+        self._wrote: tuple[str, Manifest] | None = None
+        """The manifest that this object wrote last, and its name, which tells its content."""
 
     # --- reading ----------------------------------------------------------------------------
 
@@ -272,6 +275,8 @@ class ExpertSet:
 
     def read_manifest(self, expert: int, name: str) -> Manifest | None:
         """One manifest of an expert, checked; None if it is gone, because it was quarantined."""
+        if self._wrote is not None and self._wrote[0] == name and self._wrote[1].expert == expert:
+            return self._wrote[1]
         where = f"{self.folder(expert)}/{name}"
         text = self._read_text(where)
         if text is None:
@@ -465,11 +470,14 @@ class ExpertSet:
             parts=(*(before.parts if before else ()), part),
         )
         folder = self.folder(expert)
-        self.fs.create_dir(folder, recursive=True)
+        if not isinstance(self.fs, pafs.S3FileSystem):  # S3 shows the folder of every file
+            self.fs.create_dir(folder, recursive=True)
         put(self.fs, f"{folder}/{part.file}", data)
         text = manifest.to_json().encode()
-        put(self.fs, f"{folder}/manifest-{last:05d}-{_short_sum(text)}.json", text, once=True)
+        published = f"manifest-{last:05d}-{_short_sum(text)}.json"
+        put(self.fs, f"{folder}/{published}", text, once=True)
         self._base[expert] = _End.of(snapshots[-1], part.file)
+        self._wrote = published, manifest
         return manifest
 
     def _last_bits(self, manifest: Manifest) -> str:
@@ -546,6 +554,7 @@ class ExpertSet:
 
     def _forget(self, expert: int) -> Manifest | None:
         """Drops what is known of an expert's files; returns the manifest they were read by."""
+        self._wrote = None
         for path in [p for p in self._files if p.startswith(f"{self.folder(expert)}/")]:
             self._files.pop(path).source.close()
         self._names.pop(expert, None)
@@ -597,7 +606,8 @@ def quarantine_stamp() -> str:
 
 
 def _upload(filesystem: pafs.FileSystem, path: str, data: bytes) -> None:
-    with filesystem.open_output_stream(path) as stream:
+    writer = filesystem.writer(len(data)) if isinstance(filesystem, S3) else filesystem
+    with writer.open_output_stream(path) as stream:
         stream.write(data)
 
 

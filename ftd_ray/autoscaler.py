@@ -22,7 +22,7 @@ import yaml
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ftd_ray.nodes import standing_nodes
+from ftd_ray.nodes import GPU_KIND, standing_nodes
 
 T = TypeVar("T")
 
@@ -37,8 +37,13 @@ ANSWER_SECONDS = 120
 """The head, or Ray's own command, is waited for so long."""
 
 
-def fitting(resources: dict[str, float], cpus: float, gpus: float, memory: int) -> int:
-    """How many actors of that size a node of these resources holds."""
+def fitting(
+    resources: dict[str, float], cpus: float, gpus: float, memory: int, kind: str | None = None
+) -> int:
+    """How many actors of that size a node of these resources holds; with a kind of GPU, on those
+    only."""
+    if kind is not None and not resources.get(GPU_KIND + kind):
+        return 0
     room = math.floor(resources.get("CPU", 0) / cpus + 1e-9)
     if gpus:  # what is left over of two GPUs does not add up to a share
         room = min(room, math.floor(resources.get("GPU", 0)) * math.floor(1 / gpus + 1e-9))
@@ -66,17 +71,20 @@ class Autoscaler:
     most: float = math.inf
     """Nodes of all types together."""
 
-    def room_for(self, cpus: float, gpus: float, memory: int = 0) -> float:
-        """How many actors of that size all that it may start would hold; infinite if unknown."""
+    def room_for(self, cpus: float, gpus: float, memory: int = 0, kind: str | None = None) -> float:
+        """How many actors of that size all that it may start would hold; infinite if unknown.
+
+        With a ``kind`` of GPU, how many on those.
+        """
         if self.types is None:
             return math.inf
         holds = [
-            (math.inf if t.resources is None else fitting(t.resources, cpus, gpus, memory), t)
+            (math.inf if t.resources is None else fitting(t.resources, cpus, gpus, memory, kind), t)
             for t in self.types
         ]
         room, left = 0.0, self.most
-        for each, kind in sorted(holds, key=lambda pair: -pair[0]):
-            count = min(left, kind.most)
+        for each, of in sorted(holds, key=lambda pair: -pair[0]):
+            count = min(left, of.most)
             room += each * count if each and count else 0
             left -= count if count < math.inf else left
         return room

@@ -104,7 +104,7 @@ class StudySearcher(DriverOnly, Searcher):
         if suggestion.number not in self._course.started:
             self._course.started.add(suggestion.number)
             self._listener.trial_started(suggestion)
-        return {"order": order}
+        return {"number": suggestion.number, "order": order}
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
@@ -152,6 +152,8 @@ class StudyScheduler(DriverOnly, FIFOScheduler):
         self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]
     ) -> None:
         number = _number(trial)
+        _lighten(trial)
+        trial.last_result.pop("report", None)
         if not self._study.is_live(number):  # pruned, and this is the report that it was pruned at
             return
         if "report" in result:  # the last one comes here instead of to on_trial_result
@@ -172,6 +174,7 @@ class StudyScheduler(DriverOnly, FIFOScheduler):
 
     def on_trial_error(self, tune_controller: Any, trial: TuneTrial) -> None:
         number = _number(trial)
+        _lighten(trial)
         if not self._study.is_live(number):
             return
         reason, diverged = self._failures.pop(number, (_own_behaviour(trial), False))
@@ -284,8 +287,14 @@ def _own_error(error: BaseException | None) -> BaseException | None:
 
 
 def _number(trial: TuneTrial) -> int:
-    order: TrialOrder = trial.config["order"]
-    return order.number
+    number: int = trial.config["number"]
+    return number
+
+
+def _lighten(trial: TuneTrial) -> None:
+    """Tune keeps every trial to the end; one that is over needs no order any more."""
+    for kept in (trial.config, trial.evaluated_params):
+        kept.pop("order", None)
 
 
 def _own_behaviour(trial: TuneTrial) -> str | None:

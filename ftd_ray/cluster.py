@@ -35,6 +35,7 @@ def start_ray(address: str | None) -> None:
         "TUNE_DISABLE_SIGINT_HANDLER": "1",
         "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
         "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+        "TUNE_GLOBAL_CHECKPOINT_S": "inf",  # Tune's own list of all trials, which nobody reads
         "RAY_AIR_NEW_OUTPUT": "0",
     }.items():
         os.environ.setdefault(key, value)

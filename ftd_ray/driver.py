@@ -7,6 +7,7 @@ import signal
 import time
 import uuid
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
 
@@ -81,6 +82,8 @@ class Sweep:
         self._search_over: float | None = None
         self._best: dict[str, bytes] = {}
         """Files of the best set, by name."""
+        self._housekeeping = ThreadPoolExecutor(1, "housekeeping")
+        """What an object store may take its time for, and a resume does where it was not done."""
         self._pool: Any = None
         self._asked_pool: Any = None
         self._phases: dict[str, float] = {}
@@ -133,6 +136,7 @@ class Sweep:
                 self.tracker.finish("FAILED")
                 raise
             finally:
+                self._housekeeping.shutdown(wait=False, cancel_futures=True)
                 if hasattr(self, "study"):
                     self._close_study()
                 self._experts.end()
@@ -216,6 +220,7 @@ class Sweep:
             over=lambda: self._stopped_by is not None,
             concurrency=config.search.concurrency,
         )
+        self._housekeeping.shutdown()
         if self.study.interrupted() == 0 and len(self.study.ended()) >= config.search.trials:
             self._stopped_by = None  # the last trial spent it
         self._experts.look()
@@ -308,8 +313,7 @@ class Sweep:
             self._pool.give_back.remote(ended.number, clean=ended.state != "failed")
         self._progress.trial_ended(ended)
         self._warn_of_failures()
-        with contextlib.suppress(UserError, OSError, pa.ArrowException):  # only housekeeping
-            forget_checkpoint(self._trial_folder(ended.number))
+        self._housekeeping.submit(_tidy, self._trial_folder(ended.number))
         self._remember()
         self.tracker.trial_ended(ended)
 
@@ -539,3 +543,9 @@ class Sweep:
 
     def _seconds(self) -> float:
         return round(self._seconds_before + time.monotonic() - self._began, 1)
+
+
+def _tidy(folder: str) -> None:
+    """Removes what a trial that has ended needs no more."""
+    with contextlib.suppress(UserError, OSError, pa.ArrowException):
+        forget_checkpoint(folder)

@@ -66,13 +66,18 @@ def needs_the_data() -> Iterator[None]:
         raise NodeFault("data", f"the data set cannot be read there: {_line(error)}") from error
 
 
-def gpus_here() -> float:
-    """GPUs that this process was given; 0 where it is no actor."""
+def assigned(resource: str) -> float:
+    """What Ray has given this process of a resource, memory in bytes; 0 where it is no actor."""
     import ray
 
     if not ray.is_initialized() or ray.get_runtime_context().get_actor_id() is None:
         return 0.0
-    return float(ray.get_runtime_context().get_assigned_resources().get("GPU", 0.0))
+    return float(ray.get_runtime_context().get_assigned_resources().get(resource, 0.0))
+
+
+def gpus_here() -> float:
+    """GPUs that this process was given."""
+    return assigned("GPU")
 
 
 def fault_of(error: BaseException, gpus: float = 0.0) -> NodeFault | GpuMemory | None:

@@ -13,6 +13,8 @@ import ray
 
 from ftd_ray.storage import PlaceError
 
+GPU_KIND = "accelerator_type:"
+"""Before the name of a node's GPUs, among its resources."""
 FAILURES = 3
 """In a row, after which a node is left out. One may be chance, and a second its echo: the next work
 meets what the first one left. A third in fresh processes, with nothing done in between, is the
@@ -110,13 +112,17 @@ def standing_nodes() -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"]]
 
 
-def nodes_able(cpus: float, gpus: float, memory: int) -> set[str]:
-    """Nodes on which an actor of that size has room, once nothing else is there."""
+def nodes_able(cpus: float, gpus: float, memory: int, kind: str | None = None) -> set[str]:
+    """Nodes on which an actor of that size has room, once nothing else is there.
+
+    With a ``kind`` of GPU, only those that have it.
+    """
     size = {"CPU": cpus, "GPU": gpus, "memory": memory}
     return {
         node["NodeID"]
         for node in standing_nodes()
         if all(node["Resources"].get(k, 0.0) >= v for k, v in size.items() if v)
+        and (kind is None or GPU_KIND + kind in node["Resources"])
     }
 
 

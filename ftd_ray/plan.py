@@ -13,6 +13,7 @@ from ftd.trajectory import PART_EPOCHS, ExpertSet
 from ftd_ray.config import SweepConfig
 from ftd_ray.dataplan import data_lines
 from ftd_ray.earlier import Earlier
+from ftd_ray.fit import Machine, memory_lines
 from ftd_ray.pictures import short_names
 from ftd_ray.presets import StartPoint, start_points
 from ftd_ray.progress import describe_params
@@ -101,9 +102,12 @@ class Plan:
             path = os.path.dirname(path)
         return shutil.disk_usage(path).free
 
-    def text(self, lacking: list[str]) -> str:
-        """The plan in lines; ``lacking`` are resources that this machine or cluster lacks."""
-        c = self.config
+    def text(self, lacking: list[str], machine: Machine | None = None) -> str:
+        """The plan in lines; ``lacking`` are resources that this machine or cluster lacks.
+
+        ``machine`` is where it would run, if that is here.
+        """
+        c, r = self.config, self.config.resources
         optimisers = " or ".join(dict.fromkeys(c.values_of("distill.optimiser")))
         lines = [
             *self._data_lines(),
@@ -115,32 +119,27 @@ class Plan:
             *self._expert_lines(),
             f"segments   {size_text(self.hot_bytes)} of the store that trials read; a node keeps "
             f"{size_text(self.cache_bytes)}, if half of its object store holds that",
-        ]
-        r = c.resources
-        lines += [
             f"resources  {_expert_text(c)}, "
             f"a trial {_res(r.cpus_per_trial, r.gpus_per_trial, r.trial_memory)}",
+            *_missing_lines(lacking),
             *_backend_lines(r.expert_numerics, r.trial_numerics),
-        ]
-        lines += [f"  missing here: {what}" for what in lacking]
-        lines += [
+            *memory_lines(c, self.data, machine),
             f"store      {c.store.uri}",
             f"tracking   {c.tracking.uri} (experiment {c.experiment})",
             f"output     {c.output_dir}",
         ]
         return "\n".join(lines)
 
-    def experts_text(self, lacking: list[str]) -> str:
+    def experts_text(self, lacking: list[str], machine: Machine | None = None) -> str:
         """The part of the plan that is about experts, for filling a store ahead of a sweep."""
         c, r = self.config, self.config.resources
         lines = [
             *self._data_lines(),
             *self._expert_lines(),
             f"resources  {_expert_text(c)}",
+            *_missing_lines(lacking),
             *_backend_lines(r.expert_numerics),
-        ]
-        lines += [f"  missing here: {what}" for what in lacking]
-        lines += [
+            *memory_lines(c, self.data, machine, experts_only=True),
             f"store      {c.store.uri}",
             f"tracking   {c.tracking.uri} (experiment {c.experiment})",
         ]
@@ -330,6 +329,10 @@ def machine_resources() -> dict[str, float]:
         "GPU": float(torch.cuda.device_count()),
         "memory": float(psutil.virtual_memory().total),
     }
+
+
+def _missing_lines(lacking: list[str]) -> list[str]:
+    return [f"  missing here: {what}" for what in lacking]
 
 
 def _backend_lines(*workers: Numerics) -> list[str]:

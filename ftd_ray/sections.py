@@ -145,11 +145,13 @@ class ResourcesConfig:
     cpus_per_expert: float = 1
     """Also its threads, when it trains on CPUs: part of what an expert set is."""
     gpus_per_expert: float | Literal["auto"] = 0
-    """Above 0, experts train on a GPU. auto: as many share one as its memory holds, measured."""
+    """Above 0, experts train on a GPU, kept to that share of its memory. auto: as many share one as
+    its memory holds, measured on each kind of GPU that the cluster has."""
     cpus_per_trial: float = 1
     """Also its threads, when it works on CPUs."""
     gpus_per_trial: float = 0
-    """Above 0, trials work on a GPU."""
+    """Above 0, trials work on a GPU, kept to that share of its memory: batches are cut to it. How
+    many share one is a matter of speed."""
     max_experts_at_once: int | None = None
     """Experts of one size in training at a time, at most. None for as many as are due and the
     cluster, or what its autoscaler may start, has room for."""

@@ -18,6 +18,7 @@ import pyarrow as pa
 from pyarrow import fs as pafs
 
 from ftd.errors import UserError
+from ftd.s3 import S3
 from ftd.trajectory import put
 
 __all__ = [
@@ -112,7 +113,7 @@ def _s3_client(
     named = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
     if not named and not {"region", "endpoint_override"} & set(options):
         options["region"] = pafs.resolve_s3_region(bucket)
-    return pafs.S3FileSystem(
+    return S3(
         access_key=unquote(access_key) or None,
         secret_key=unquote(secret_key) or None,
         retry_strategy=pafs.AwsDefaultS3RetryStrategy(max_attempts=attempts),

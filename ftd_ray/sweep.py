@@ -25,6 +25,7 @@ from ftd_ray.command import (
 )
 from ftd_ray.config import SweepConfig, load_config
 from ftd_ray.earlier import read_earlier
+from ftd_ray.fit import this_machine
 from ftd_ray.folder import check_same, finished_summary, only_one, saved_sweep
 from ftd_ray.local import listen_on_loopback
 from ftd_ray.mended import other_images
@@ -78,7 +79,8 @@ def _main(args: argparse.Namespace, console: Console) -> int:
     tracker = open_tracker(config, dry_run=args.dry_run)
     here = machine_resources()
     missing = [*lacking(config, here), *lacking_compiler(config)] if address is None else []
-    console.print(plan.text(missing), soft_wrap=True, markup=False)
+    machine = this_machine() if address is None else None
+    console.print(plan.text(missing, machine), soft_wrap=True, markup=False)
     for change in changes:
         console.print(f"changed    {change}", soft_wrap=True, markup=False)
     if args.dry_run:

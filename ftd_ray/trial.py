@@ -39,6 +39,7 @@ from ftd.evaluate import (
 )
 from ftd.expert import Numerics, accuracy, network_for
 from ftd.gradients import Gradients
+from ftd.memory import room_for_final, room_for_trial, side_by_side
 from ftd.seeds import derive_seed
 from ftd.synthetic import SyntheticSet
 from ftd.trajectory import DamagedError, ExpertSet
@@ -50,6 +51,7 @@ from ftd_ray.storage import (
     join,
     place_error,
     read_bytes,
+    remove_file,
     remove_tree,
     write_bytes,
 )
@@ -203,13 +205,17 @@ def _write(spec: TrialSpec, uri: str, data: bytes) -> None:
 
 def _start(spec: TrialSpec, data: Dataset, experts: Trajectories, repeat: int) -> DistillState:
     """Where a distillation begins: real images, or what ``distill.init`` says."""
-    gradients = _gradients(spec.network, data, spec.numerics)
+    network = network_for(spec.network, data.description)
+    room = room_for_trial(network, spec.distill, data)
+    gradients = gradients_for(network, spec.numerics.backend, room=room)
     seed = spec.distill_seed(repeat)
     return initial_state(spec.distill, data, experts, gradients, epochs=spec.last_epoch, seed=seed)
 
 
-def _gradients(network: str, data: Dataset, numerics: Numerics) -> Gradients:
-    return gradients_for(network_for(network, data.description), numerics.backend)
+def _final_gradients(name: str, images: int, data: Dataset, numerics: Numerics) -> Gradients:
+    """For an evaluation of a set of so many images."""
+    network = network_for(name, data.description)
+    return gradients_for(network, numerics.backend, room=room_for_final(network, images, data))
 
 
 def _png(synthetic: SyntheticSet) -> bytes:
@@ -225,7 +231,11 @@ def _distilled(
 ) -> Iterator[tuple[DistillState, list[StepRecord], Score, float]]:
     """The state at every evaluation, the steps up to it, its score and the seconds that took."""
     config, settings = spec.distill, spec.evaluate
-    gradients = _gradients(spec.network, data, spec.numerics)
+    network = network_for(spec.network, data.description)
+    room = room_for_trial(network, config, data)
+    if room is not None:  # as many evaluate at a time
+        room //= side_by_side(settings.search_networks, spec.numerics)
+    gradients = gradients_for(network, spec.numerics.backend, room=room)
     short = Protocol.of(
         settings, network=spec.network, augment=data.strategy, epochs=settings.search_epochs
     )
@@ -260,7 +270,10 @@ def _distilled(
 
 def forget_checkpoint(folder: str) -> None:
     """Removes the checkpoint below a trial's folder, once its end is on record."""
-    remove_tree(join(folder, "checkpoint"))
+    if is_local(folder):
+        remove_tree(join(folder, "checkpoint"))
+    else:  # three requests in place of seven
+        remove_file(join(folder, "checkpoint", "state.npz"))
 
 
 def forget_checkpoints(folder: str, ended: Container[int]) -> None:
@@ -400,7 +413,8 @@ def final_scores(spec: FinalSpec) -> list[tuple[float, float]]:
     device = spec.numerics.apply()
     data = _data(spec, device)
     synthetic = SyntheticSet.load(io.BytesIO(spec.synthetic))
-    gradients = _gradients(synthetic.protocol.network, data, spec.numerics)
+    name, count = synthetic.protocol.network, len(synthetic.images)
+    gradients = _final_gradients(name, count, data, spec.numerics)
     seed = derive_seed(spec.seed, "final")
     scores = []
     for i in spec.networks:
@@ -440,7 +454,7 @@ def whole_data_scores(spec: WholeDataSpec) -> list[float]:
     """
     device = spec.numerics.apply()
     data = _data(spec, device)
-    gradients = _gradients(spec.network, data, spec.numerics)
+    gradients = _final_gradients(spec.network, 0, data, spec.numerics)
     experts = TrajectoryStore(spec.store_uri).expert_set(spec.identity)
     try:
         ends = [experts.segment(e, spec.epochs, spec.epochs)[1] for e in range(spec.experts)]

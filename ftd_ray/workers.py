@@ -18,7 +18,7 @@ import re
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -29,7 +29,7 @@ from ftd.errors import Diverged, UserError
 from ftd.trajectory import DamagedError
 from ftd_ray.cache import CachedExperts
 from ftd_ray.experts.orders import ExpertOrder
-from ftd_ray.node_faults import GpuMemory, NodeFault, faults_of_the_node, gpus_here
+from ftd_ray.node_faults import GpuMemory, NodeFault, assigned, faults_of_the_node, gpus_here
 from ftd_ray.nodes import Health, beside, nodes_able, standing_nodes
 from ftd_ray.storage import PlaceError
 
@@ -65,12 +65,12 @@ class TrialOrder:
     """What Tune is given for one trial."""
 
     number: int
-    spec: bytes
+    spec: bytes = field(repr=False)  # Tune names trials by what it reads in their configuration
     """A pickled ``ftd_ray.trial.TrialSpec``."""
-    experts: ExpertOrder
-    broker: Any
+    experts: ExpertOrder = field(repr=False)
+    broker: Any = field(repr=False)
     """The handle of ``ftd_ray.experts.broker.Broker``."""
-    pool: Any
+    pool: Any = field(repr=False)
     """The handle of the sweep's ``WorkerPool``."""
 
 
@@ -120,7 +120,7 @@ class TrialWorker(OnNode):
         try:
             with faults_of_the_node(gpus_here()):
                 if self._spec is not None:
-                    self.check(self._spec.numerics)
+                    self._settle(self._spec.numerics)
                 report = next(self._reports)
         except BaseException:
             self._spec = None  # what is asked for next, begins at the checkpoint
@@ -132,9 +132,16 @@ class TrialWorker(OnNode):
         """What a function makes of a specification, and the seconds that it took."""
         self._forget()
         with faults_of_the_node(gpus_here()):
-            self.check(spec.numerics)
+            self._settle(spec.numerics)
             began = time.perf_counter()
             return function(spec), time.perf_counter() - began
+
+    def _settle(self, numerics: Any) -> None:
+        """Keeps to this worker's part of memory; then work may begin."""
+        from ftd_ray.limits import limit_worker
+
+        limit_worker(gpus_here(), assigned("memory"))
+        self.check(numerics)
 
     def check(self, numerics: Any) -> None:
         """Raises NodeFault where the device does not compute what it should."""
@@ -283,7 +290,7 @@ def start_pool(cpus: float, gpus: float, memory: int = 0, *, worker: type = Tria
 
 
 class SweepTrial(tune.Trainable):
-    """A trial as Tune sees it; ``config`` is {"order": TrialOrder}.
+    """A trial as Tune sees it; ``config`` has its number and its TrialOrder.
 
     A report is the result {"report": pickled Report}. A trial that cannot go on says why in
     {"failure": reason, "diverged": whether a training of it or of its experts did} and raises at
@@ -294,6 +301,7 @@ class SweepTrial(tune.Trainable):
 
     def setup(self, config: dict[str, Any]) -> None:
         self._order: TrialOrder = config["order"]
+        self.config: dict[str, Any] = {}  # Tune adds it to every report
         self._worker: Any = None
         self._failure: str | None = None
         self._ready = False

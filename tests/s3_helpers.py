@@ -38,24 +38,28 @@ def s3_environment(address: str) -> dict[str, str]:
 
 
 class S3Server:
-    """An S3 server (moto) in a process of its own, with a bucket; ends with its ``with`` block."""
+    """An S3 server (moto) in a process of its own, with a bucket; ends with its ``with`` block.
 
-    def __init__(self, bucket: str = "buffers"):
-        self.bucket = bucket
+    ``log`` gets a line of every request, with its time.
+    """
+
+    def __init__(self, bucket: str = "buffers", log: str = os.devnull):
+        self.bucket, self._log = bucket, log
 
     def __enter__(self) -> Self:
         self.address = f"http://127.0.0.1:{free_port()}"
         port = self.address.rpartition(":")[2]
-        self._process = subprocess.Popen(
-            [
-                sys.executable,
-                "-c",
-                f"from moto.server import main; main(['-H', '127.0.0.1', '-p', '{port}'])",
-            ],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        with open(self._log, "w") as log:
+            self._process = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-c",
+                    f"from moto.server import main; main(['-H', '127.0.0.1', '-p', '{port}'])",
+                ],
+                stdout=subprocess.DEVNULL,
+                stderr=log,
+                start_new_session=True,
+            )
         try:
             wait_until("an answer of the S3 server", self._answers, seconds=60)
             put = urllib.request.Request(f"{self.address}/{self.bucket}", method="PUT")

@@ -1,6 +1,8 @@
 """The benchmark measures what it says it measures."""
 
 import random
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import compare, evaluation, experts, matching
+from benchmarks import compare, evaluation, experts, matching, scale
 from benchmarks.__main__ import PARTS, devices, merged, page
 from benchmarks.report import HERE, conditions, machine, read_results
+from benchmarks.watch import Watch
 from ftd.matching import InnerStep
 
 MACHINE = {
@@ -230,3 +233,49 @@ def test_conditions_leave_out_packages_that_are_not_there() -> None:
 
 def test_the_page_is_that_of_the_results() -> None:
     assert page(read_results()) == (HERE / "README.md").read_text()
+
+
+# --- a large cluster ------------------------------------------------------------------------
+
+
+def test_sizes_that_are_not_named_stay() -> None:
+    assert scale.Size.of("nodes=8,trials=50") == replace(scale.Size(), nodes=8, trials=50)
+    with pytest.raises(ValueError, match="FTD_SCALE names knodes"):
+        scale.Size.of("knodes=8")
+
+
+def test_requests_are_counted_by_time_place_and_kind() -> None:
+    line = '127.0.0.1 - - [26/Nov/2026 12:00:{}] "{} HTTP/1.1" 200 -\n'
+    log = "".join(
+        line.format(*asked)
+        for asked in (
+            ("01", "GET /buffers?list-type=2&max-keys=1000&prefix=store/3647/"),
+            ("01", "\x1b[33mHEAD /buffers/store/3647/set.json"),
+            ("02", "\x1b[35m\x1b[1mGET /buffers/store/3647/set.json"),
+            ("03", "PUT /buffers/sweep/trials/0001/synthetic.npz"),
+            ("03", "PUT /buffers"),
+        )
+    )
+    asked = scale.requests_of(log)
+    begin = asked[0].time
+    assert scale.between(asked, begin, begin + 1) == {"store": {"LIST": 1, "HEAD": 1}, "sweep": {}}
+    assert scale.between(asked, begin, begin + 9) == {
+        "store": {"LIST": 1, "HEAD": 1, "GET": 1},
+        "sweep": {"PUT": 1},
+    }
+
+
+def test_processes_are_watched_by_their_role() -> None:
+    command = [sys.executable, "-c", "while True: sum(range(1000))", "a worker"]
+    with subprocess.Popen(command) as process:
+        try:
+            watch = Watch({"worker": ("a worker",), "other": ("nobody",)}, lambda: 7)
+            while not watch.samples or watch.samples[-1]["worker"]["cpu"] < 0.2:
+                watch.sample()
+        finally:
+            process.kill()
+    watch.sample()
+    first, *_, last = watch.samples
+    assert first["worker"]["count"] == 1 and first["worker"]["mib"] > 1 and first["done"] == 7
+    assert last["worker"]["count"] == 0 and last["worker"]["cpu"] >= 0.2
+    assert last["other"] == {"cpu": 0.0, "mib": 0.0, "count": 0}

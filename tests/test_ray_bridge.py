@@ -5,15 +5,17 @@ import pickle
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
+from ray.tune.experiment import Trial as TuneTrial
 
 from ftd.distill import StepRecord
 from ftd.errors import Diverged
-from ftd_ray.bridge import run_search
+from ftd_ray.bridge import Course, StudyScheduler, run_search
 from ftd_ray.cluster import start_ray
 from ftd_ray.config import SearchConfig
 from ftd_ray.experts.orders import ExpertOrder
@@ -138,6 +140,19 @@ def test_pruned_trial_is_no_error_for_tune_and_a_failed_one_is(searched):
     table = searched[2]
     states = Counter("failed" if result.error else "ended" for result in table)
     assert states == {"failed": STATES.count("failed"), "ended": len(STATES) - 1}
+
+
+def test_tune_keeps_no_order_and_no_report_of_a_trial_that_is_over(searched):
+    study, told, table, _ = searched
+    for result in table:
+        assert result.config == {}
+        assert len(pickle.dumps(result.metrics)) < 2000 and "report" not in result.metrics
+    over = {"number": 0, "order": b"x" * 10_000}
+    scheduler = StudyScheduler(study, told, Course())
+    for end in (partial(scheduler.on_trial_complete, result={}), scheduler.on_trial_error):
+        trial = TuneTrial("trial", stub=True, config=dict(over), evaluated_params=dict(over))
+        end(None, trial)
+        assert trial.config == trial.evaluated_params == {"number": 0}
 
 
 def test_failed_trial_is_known_to_have_diverged(searched):

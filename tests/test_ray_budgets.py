@@ -16,7 +16,7 @@ def one_set(**changes: Any) -> dict[str, Any]:
 
 
 def test_spent_budget_ends_a_sweep_with_what_is_done_and_a_larger_one_goes_on(tmp_path):
-    many = {"search__trials": 4000, "search__concurrency": 2, "search__max_hours": 0.025}
+    many = {"search__trials": 4000, "search__concurrency": 2, "search__max_hours": 0.015}
     write_sweep(tmp_path, one_set(**many))
     ended = run_sweep(tmp_path, "sweep.yaml")
     assert ended.code == 0, ended.out + ended.err
@@ -35,7 +35,7 @@ def test_spent_budget_ends_a_sweep_with_what_is_done_and_a_larger_one_goes_on(tm
     arguments = ("search.max_hours=1", f"search.trials={done + 3}")
     larger = run_sweep(tmp_path, "sweep.yaml", "--resume", *arguments)
     assert larger.code == 0, larger.out + larger.err
-    assert "changed    search.max_hours: 0.025 -> 1" in larger.out
+    assert "changed    search.max_hours: 0.015 -> 1" in larger.out
     summary = summary_of(tmp_path)
     assert (summary["stopped_by"], summary["interrupted"]) == ("trials", 0)
     assert sum(summary["trials"].values()) == done + 3

@@ -57,9 +57,10 @@ from ftd.trajectory import PART_EPOCHS
 from ftd_ray.experts import fleet
 from ftd_ray.experts.__main__ import main
 from ftd_ray.experts.client import BrokerClient
-from ftd_ray.experts.fleet import EXPERTS_PER_GPU, GPU_HEADROOM, ExpertActor, gpu_share
+from ftd_ray.experts.fleet import ExpertActor
 from ftd_ray.experts.orders import FleetStatus, SetStatus, Urgency
 from ftd_ray.experts.room import room_for
+from ftd_ray.nodes import nodes_able
 from ftd_ray.store import TrajectoryStore
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers have no tests
@@ -476,7 +477,10 @@ class StandIn:
         todo = pickle.loads(work)
         if todo.get("dies") and self.first(todo, "measured"):
             os._exit(1)
-        return todo["need"], 100
+        mine = ray.get_runtime_context().get_assigned_resources()
+        (Path(todo["folder"]) / f"measured-{time.time_ns()}").write_text(repr(mine))
+        kinds = [k for k in mine if k.startswith("accelerator_type:")]
+        return todo["need"], todo.get("totals", {}).get(*kinds, 100) if kinds else 100
 
     def build(
         self, work: bytes, key: str, index: int, share: float | None, broker: Any
@@ -500,6 +504,8 @@ class StandIn:
             if self.first(todo, f"{index}-{part}"):
                 ray.get(broker.epoch_done.remote(key, index, part * PART_EPOCHS, 0.5))
                 os._exit(1)
+        while len(list(Path(todo["folder"]).glob("begun-*"))) < todo.get("meet", 0):
+            time.sleep(0.05)
         began = time.time()
         time.sleep(0.3)
         gpus = f"{self.node()} {ray.get_gpu_ids()}"
@@ -520,6 +526,10 @@ class StandInBroker(WatchedBroker):
     expert_actor = StandIn
 
 
+class HastyBroker(StandInBroker):
+    patience = 0
+
+
 def stand_in_order(folder: Path, *, count: int, gpus: float | None, **todo: Any) -> Any:
     order = order_for(folder / "store", cpus=0.1, gpus=gpus, count=count)
     return replace(order, work=pickle.dumps({"folder": str(folder)} | todo))
@@ -535,23 +545,16 @@ def most_at_once(builds: list[tuple[str, float, float, float]], gpu: str) -> int
     return max(sum(o[2] <= b[2] < o[3] for o in ours) for b in ours)
 
 
-def test_share_of_a_gpu_is_that_of_as_many_experts_as_fit():
-    full = int(100e9 * GPU_HEADROOM)
-    assert gpu_share(full, int(100e9)) == 1
-    assert gpu_share(full // 2, int(100e9)) == 1 / 2
-    assert gpu_share(full // 2 + 1, int(100e9)) == 1
-    assert gpu_share(full // 3, int(100e9)) == 1 / 3
-    assert gpu_share(1, int(100e9)) == gpu_share(0, int(100e9)) == 1 / EXPERTS_PER_GPU
-    with pytest.raises(UserError, match=r"takes 92\.1 GB of GPU memory.*has 100\.0 GB"):
-        gpu_share(full + int(0.1e9), int(100e9))
-
-
 def test_room_is_that_of_the_nodes_that_stand(head, nodes):
     assert room_for(1, 0) == 1  # so that there is demand
     nodes(num_cpus=2, num_gpus=1)
     nodes(num_cpus=1, num_gpus=2)
     assert [room_for(*size) for size in ((1, 0), (0.5, 0), (2, 0), (64, 0))] == [3, 6, 1, 1]
     assert [room_for(*size) for size in ((1, 1), (0.5, 0.5), (0.25, 0.3))] == [2, 4, 7]
+    named = nodes(num_cpus=2, num_gpus=1, resources={"accelerator_type:L4": 1})
+    assert [room_for(0.5, 0.5, 0, kind) for kind in (None, "L4", "T4")] == [6, 2, 1]
+    assert nodes_able(1, 0.5, 0, "L4") == {named.node_id} < nodes_able(1, 0.5, 0)
+    assert nodes_able(1, 0.5, 0, "T4") == set()
 
 
 @pytest.mark.heavy
@@ -599,6 +602,87 @@ def test_experts_that_do_not_fit_their_share_get_one_neighbour_less(
     order = stand_in_order(tmp_path, count=6, gpus=None, need=20, fits=1 / 3)
     assert ask(handle.ensure.remote(order)) == list(range(6))
     assert {share for _, share, _, _ in built(tmp_path)} == {1 / 3}
+
+
+@pytest.mark.heavy
+def test_each_kind_of_gpu_has_the_share_that_was_measured_on_it(head, nodes, broker_for, tmp_path):
+    totals = {"accelerator_type:T4": 40, "accelerator_type:A10G": 100, "accelerator_type:K80": 20}
+    for kind in totals:
+        nodes(num_cpus=2, num_gpus=1, resources={kind: 1})
+    nodes(num_cpus=2, num_gpus=1)  # of no name: nothing that was measured may be applied to it
+    addresses = {}
+    for n in ray.nodes():
+        kinds = [k for k in n["Resources"] if k in totals]
+        if n["Alive"] and n["Resources"].get("GPU"):
+            addresses[n["NodeID"]] = kinds[0] if kinds else None
+    handle = broker_for(tmp_path / "store", StandInBroker)
+    order = stand_in_order(tmp_path, count=12, gpus=None, need=30, totals=totals, meet=4)
+    assert ask(handle.ensure.remote(order)) == list(range(12))
+    where = [(gpu.split()[0].split("-")[-1], share) for gpu, share, *_ in built(tmp_path)]
+    found = {
+        (kind, share) for i, share in where for n, kind in addresses.items() if n.startswith(i)
+    }
+    assert found == {("accelerator_type:T4", 1), ("accelerator_type:A10G", 1 / 3)}
+    assert len(list(tmp_path.glob("measured-*"))) == 3  # the smallest kind holds none
+
+
+@pytest.mark.heavy
+def test_gpu_of_another_kind_that_joins_is_used_with_a_share_of_its_own(
+    head, nodes, broker_for, tmp_path
+):
+    totals = {"accelerator_type:L4": 100, "accelerator_type:T4": 40}
+    nodes(num_cpus=2, num_gpus=1, resources={"accelerator_type:L4": 1})
+    handle = broker_for(tmp_path / "store", HastyBroker)
+    todo = {"gpus": None, "need": 30, "totals": totals}
+    assert ask(handle.ensure.remote(stand_in_order(tmp_path, count=1, **todo))) == [0]
+    blocker = ray.remote(ExpertActor).options(num_gpus=1).remote()
+    ask(blocker.node.remote())
+    answer = handle.ensure.remote(stand_in_order(tmp_path, count=4, **todo))
+    wait_until("actors that wait", lambda: demand(head), every=0.3)
+    nodes(num_cpus=2, num_gpus=1, resources={"accelerator_type:T4": 1})
+    assert ask(answer) == [0, 1, 2, 3]
+    ray.kill(blocker)
+    assert {share for _, share, *_ in built(tmp_path)} == {1}
+
+
+@pytest.mark.heavy
+def test_experts_whose_kind_of_gpu_goes_are_built_on_another(head, nodes, broker_for, tmp_path):
+    totals = {"accelerator_type:L4": 100, "accelerator_type:T4": 40}
+    named = [nodes(num_cpus=2, num_gpus=1, resources={kind: 1}) for kind in totals]
+    handle = broker_for(tmp_path / "store", StandInBroker)
+    todo = {"gpus": None, "need": 30, "totals": totals}
+    assert ask(handle.ensure.remote(stand_in_order(tmp_path, count=1, **todo))) == [0]
+    blockers = [
+        ray.remote(ExpertActor).options(num_gpus=1, accelerator_type=kind).remote()
+        for kind in ("L4", "T4")
+    ]
+    for blocker in blockers:
+        ask(blocker.node.remote())
+    answer = handle.ensure.remote(stand_in_order(tmp_path, count=8, **todo))
+    wait_until("actors that wait for each", lambda: len(demand(head)) == 3 + 1, every=0.3)
+    head.remove_node(named[1])
+    ray.kill(blockers[0])
+    assert ask(answer) == list(range(8))
+    assert {share for _, share, *_ in built(tmp_path)} <= {1 / 3, 1}
+
+
+def test_first_gpu_that_comes_says_which_kinds_are_measured(head, nodes, broker_for, tmp_path):
+    handle = broker_for(tmp_path / "store", StandInBroker)
+    order = stand_in_order(tmp_path, count=2, gpus=None, need=30)
+    answer = handle.ensure.remote(order)
+    wait_until("demand", lambda: {"CPU": 0.1, "GPU": 1.0} in demand(head), every=0.3)
+    assert (len(demand(head)), fleet_status(handle).starting) == (1, 1)  # for both experts
+    nodes(num_cpus=2, num_gpus=1, resources={"accelerator_type:L4": 1})
+    assert ask(answer) == [0, 1]
+    assert len(list(tmp_path.glob("measured-*"))) == 1
+    assert {share for _, share, *_ in built(tmp_path)} == {1 / 3}
+
+
+def test_share_that_was_given_is_kept_to_as_well(head, nodes, broker_for, tmp_path):
+    nodes(num_cpus=2, num_gpus=1)
+    handle = broker_for(tmp_path / "store", StandInBroker)
+    assert ask(handle.ensure.remote(stand_in_order(tmp_path, count=2, gpus=0.5))) == [0, 1]
+    assert {share for _, share, *_ in built(tmp_path)} == {0.5}
 
 
 @pytest.mark.parametrize(

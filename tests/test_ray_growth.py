@@ -4,14 +4,30 @@ import asyncio
 import json
 import pickle
 import random
+import re
+import subprocess
+import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
-from ray_helpers import parse_tiny
+import torch
+from ray_helpers import (
+    SWEEP_TIMEOUT,
+    environment,
+    parse_tiny,
+    running_sweep,
+    tiny,
+    wait_until,
+    write_sweep,
+)
+from s3_helpers import S3Server, s3_environment
 
 from ftd.data import describe
+from ftd.expert import Snapshot, network_for
 from ftd_ray.account import ExpertAccount, SetAccount
+from ftd_ray.config import load_config
 from ftd_ray.experts.broker import Broker
 from ftd_ray.experts.client import BrokerClient
 from ftd_ray.experts.fleet import Build
@@ -19,6 +35,7 @@ from ftd_ray.experts.orders import ExpertOrder, FleetStatus, SetStatus
 from ftd_ray.journal import STUDY_FILE
 from ftd_ray.search import SweepStudy
 from ftd_ray.sections import SearchConfig
+from ftd_ray.store import TrajectoryStore
 from ftd_ray.worked import Worked
 
 EPOCHS = 3
@@ -284,3 +301,53 @@ def test_work_without_a_gap_is_one_interval():
     assert worked.covered() == 1002.5 and len(worked._spans) == 2
     worked.just_now(5000.0)
     assert worked.covered() == 5000.0 and len(worked._spans) == 1
+
+
+# --- a whole sweep --------------------------------------------------------------------------
+
+STEPS, TRIALS = 4, 4
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("experts", [2, 60])
+def test_sweep_asks_s3_for_what_its_trials_read_and_not_by_the_number_of_experts(tmp_path, experts):
+    tree = tiny(experts__count=experts, experts__rho=0.01, search__trials=TRIALS)
+    tree |= {"store": {"uri": "s3://buffers/store"}, "output": {"dir": "s3://buffers/sweep"}}
+    write_sweep(tmp_path, tree)
+    with S3Server(log=str(tmp_path / "requests")) as server:
+        variables = s3_environment(server.address)
+        fill = "import sys; sys.path.insert(0, sys.argv[1]); import test_ray_growth as t; t.fill()"
+        env = environment(**variables)
+        subprocess.run([sys.executable, "-c", fill, HERE], cwd=tmp_path, env=env, check=True)
+        before = (tmp_path / "requests").stat().st_size
+        with running_sweep(tmp_path, "sweep.yaml", env=env):
+            last = f"trials     {TRIALS}/{TRIALS}"
+            told = tmp_path / "stdout.txt"
+            wait_until("the last trial", lambda: last in told.read_text(), seconds=SWEEP_TIMEOUT)
+            asked = (tmp_path / "requests").read_text()[before:]
+    found = Counter(REQUEST.findall(asked))
+    of_the_store, of_the_sweep = (
+        {method: n for (method, place), n in found.items() if place == where}
+        for where in ("store", "sweep")
+    )
+    assert found.total() == sum(of_the_store.values()) + sum(of_the_sweep.values()) > 0
+    # a segment is that of an expert in 60: a look at its manifest and its part, and their bytes
+    assert sum(of_the_store.values()) <= 4 * STEPS * TRIALS + 30
+    assert sum(of_the_sweep.values()) <= 6 * TRIALS + 20
+
+
+REQUEST = re.compile(r"([A-Z]+) /buffers(?:/|\?\S*prefix=)(store|sweep)\b")
+HERE = str(Path(__file__).parent)
+
+
+def fill() -> None:
+    """All experts of the sweep in this folder, of snapshots about nothing."""
+    config = load_config("sweep.yaml")
+    data = describe(config.dataset)
+    experts = TrajectoryStore(config.store.uri).expert_set(config.identity(config.experts, data))
+    experts.create()
+    parameters = network_for(config.experts.network, data).size
+    for index in range(config.experts.count):
+        params = 0.1 * torch.randn(parameters, generator=torch.manual_seed(index))
+        every = [Snapshot(e, params, None, 0.0, 0.0) for e in range(config.experts.epochs + 1)]
+        experts.append(index, every)

@@ -181,7 +181,6 @@ def kind_of(process: psutil.Process) -> str:
     return "gone"
 
 
-@pytest.mark.unproven
 @pytest.mark.heavy
 @pytest.mark.timeout(600)
 def test_local_sweep_is_its_own_users_alone(tmp_path):
@@ -229,7 +228,6 @@ def test_local_sweep_is_its_own_users_alone(tmp_path):
         assert process.poll() is None  # nothing of all this did it any harm
 
 
-@pytest.mark.unproven
 @pytest.mark.heavy
 def test_page_of_mlflow_is_on_this_machine_alone(tmp_path):
     port = free_port()
@@ -252,7 +250,6 @@ def http_status(port: int, path: str) -> int:
         return error.code
 
 
-@pytest.mark.unproven
 @pytest.mark.heavy
 @pytest.mark.timeout(300)
 def test_cluster_of_the_tests_refuses_strangers(tmp_path):
@@ -300,7 +297,6 @@ def started(tmp_path) -> Iterator[str]:
         process.wait(timeout=60)
 
 
-@pytest.mark.unproven
 @pytest.mark.heavy
 @pytest.mark.timeout(600)
 def test_cluster_that_was_started_by_hand_refuses_strangers_and_says_so(started, tmp_path):

@@ -1,6 +1,5 @@
 """Processes and nodes that are lost in the middle of a search: no trial fails or changes for it."""
 
-import contextlib
 import itertools
 import os
 import pickle
@@ -14,15 +13,13 @@ import psutil
 import pytest
 import ray
 import torch
-from fleet_helpers import files_of, processes
+from fleet_helpers import processes
 from ray.cluster_utils import Cluster
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ray_helpers import (
     run_sweep,
-    running_sweep,
     summary_of,
     tiny,
-    wait_until,
     write_sweep,
 )
 
@@ -34,7 +31,7 @@ from ftd_ray.cluster import start_ray
 from ftd_ray.config import SearchConfig
 from ftd_ray.experts.orders import ExpertOrder
 from ftd_ray.node_faults import faults_of_the_node
-from ftd_ray.search import Ended, Suggestion, SweepStudy, read_study
+from ftd_ray.search import Ended, Suggestion, SweepStudy
 from ftd_ray.space import parse_dimension
 from ftd_ray.trial import Report
 from ftd_ray.workers import OnNode, TrialOrder, start_pool
@@ -392,7 +389,6 @@ def test_sweep_leaves_out_a_node_that_cannot_have_the_data_and_names_it(cluster,
     assert "FTD_CACHE" in summary["left_out"][0]
 
 
-@pytest.mark.unproven
 @pytest.mark.heavy
 @pytest.mark.timeout(900)
 def test_sweep_of_which_no_node_has_the_data_stops_with_one_line_and_goes_on_elsewhere(
@@ -412,49 +408,3 @@ def test_sweep_of_which_no_node_has_the_data_stops_with_one_line_and_goes_on_els
     ran = run_sweep(tmp_path, *arguments, "--resume", timeout=400)
     assert ran.code == 0, ran.out + ran.err
     assert summary_of(tmp_path)["trials"] == {"complete": 3, "pruned": 0, "failed": 0}
-
-
-VICTIMS = ("ray::ResourceTrainable", "ray::TrialWorker", "ray::WorkerPool", "ray::Broker")
-
-
-@pytest.mark.unproven
-@pytest.mark.heavy
-@pytest.mark.timeout(900)
-def test_processes_killed_in_turn_leave_the_bits_of_an_undisturbed_sweep(tmp_path):
-    whole, folder = tmp_path / "whole", tmp_path / "killed"
-    sweep = tiny(
-        experts__lr=0.1, distill__iterations=60, evaluate__every=5, search__trials=4,
-        evaluate__search_epochs=40,
-    )  # fmt: skip
-    for place in (whole, folder):
-        write_sweep(place, sweep)
-    undisturbed = run_sweep(whole, "sweep.yaml", timeout=400)
-    assert undisturbed.code == 0, undisturbed.out + undisturbed.err
-    with running_sweep(folder, "sweep.yaml") as process:
-        output, seen = folder / "stdout.txt", 0
-        for victim in itertools.islice(itertools.cycle(VICTIMS), 12):
-            wait_until(
-                "further reports",
-                lambda n=seen: process.poll() is not None or reports(output) > n + 2,
-                seconds=200,
-            )
-            seen = reports(output)
-            for child in psutil.Process(process.pid).children(recursive=True):
-                with contextlib.suppress(psutil.Error):
-                    if victim in " ".join(child.cmdline()):
-                        child.kill()
-        code = process.wait(timeout=300)
-    assert code == 0, (folder / "stderr.txt").read_text()
-    ours, theirs = (read_study(str(f / "runs" / "tiny")) for f in (folder, whole))
-    assert ours is not None and theirs is not None
-    assert facts(ours[0]) == facts(theirs[0])
-    assert {t.state for t in ours[0]} == {"complete"}
-    best = Path("runs", "tiny", "best", "synthetic.npz")
-    assert (folder / best).read_bytes() == (whole / best).read_bytes()
-    assert files_of(folder / "store") == files_of(whole / "store")
-    told = [line for line in output.read_text().splitlines() if "  step  " in line]
-    assert len(told) == len(set(told)) == sum(len(t.reports) for t in ours[0])
-
-
-def reports(output: Path) -> int:
-    return output.read_text().count("  step  ")

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,12 +14,14 @@ import torch
 from s3_helpers import FaultProxy, s3_of_the_environment
 
 from ftd.expert import Snapshot
+from ftd.s3 import SMALL
 from ftd.trajectory import DamagedError, ExpertSet, NotPublished
 from ftd_ray.experts.broker import Broker
 from ftd_ray.experts.orders import ExpertOrder, Urgency
-from ftd_ray.storage import join, open_uri, write_bytes
+from ftd_ray.storage import files_below, join, open_uri, write_bytes
 from ftd_ray.store import TrajectoryStore, published
 from ftd_ray.store.published import PublishedExperts
+from ftd_ray.trial import forget_checkpoint
 
 EPOCHS = 7  # two parts, two manifests
 
@@ -255,6 +258,35 @@ def test_look_that_fails_is_made_again(tmp_path):
         assert await known.epochs(IDENTITY, 1, EPOCHS) == {0: 7}
 
     asyncio.run(asks())
+
+
+# --- writes ---------------------------------------------------------------------------------
+
+
+def test_small_file_is_one_request_and_a_large_one_is_put_in_parts(s3):
+    write = partial(write_bytes, "s3://buffers/files/one")
+    assert counted(s3, lambda: write(b"x" * SMALL)) == {"PUT": 1}
+    assert counted(s3, lambda: write(b"x" * 25_000_000)) == {"POST": 2, "PUT": 3}
+
+
+def test_part_of_an_expert_takes_five_requests_however_many_are_there(s3):
+    experts = fill("s3://buffers/parts", 1, 5)
+    every = [Snapshot(e, torch.full((3,), float(e)), None, 0.0, 0.0) for e in range(51)]
+    asked = [
+        counted(s3, lambda first=first: experts.append(0, every[first : first + 5]))
+        for first in range(6, 50, 5)
+    ]
+    # a listing of its folder, the part, and for the manifest a look whether it is there
+    assert asked == [{"GET": 2, "HEAD": 1, "PUT": 2}] * 9
+
+
+def test_checkpoint_of_a_trial_that_is_over_takes_three_requests_and_leaves_no_file(s3):
+    folder = "s3://buffers/trials/0001"
+    write_bytes(join(folder, "checkpoint", "state.npz"), b"x")
+    write_bytes(join(folder, "synthetic.npz"), b"x")
+    assert counted(s3, lambda: forget_checkpoint(folder)) == {"HEAD": 1, "DELETE": 1, "PUT": 1}
+    assert files_below(folder) == ["synthetic.npz"]
+    assert counted(s3, lambda: forget_checkpoint(folder)) == {"HEAD": 1}
 
 
 # --- clients --------------------------------------------------------------------------------

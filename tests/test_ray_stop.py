@@ -91,7 +91,6 @@ def lab(tmp_path, server, tracking, monkeypatch, request) -> Iterator[Lab]:
 ENDLESS = {"distill__iterations": 100_000, "search__trials": 2, "search__concurrency": 2}
 
 
-@pytest.mark.unproven
 @pytest.mark.heavy
 @pytest.mark.timeout(600)
 def test_study_is_saved_while_mlflow_does_not_answer(lab):
@@ -106,7 +105,6 @@ def test_study_is_saved_while_mlflow_does_not_answer(lab):
         process.kill()
 
 
-@pytest.mark.unproven
 @pytest.mark.heavy
 @pytest.mark.timeout(600)
 def test_runs_are_closed_while_s3_does_not_answer(lab):
@@ -124,7 +122,6 @@ def test_runs_are_closed_while_s3_does_not_answer(lab):
         process.kill()
 
 
-@pytest.mark.unproven
 @pytest.mark.heavy
 @pytest.mark.timeout(900)
 def test_sweep_stopped_as_a_job_goes_on_to_exact_counts(lab):

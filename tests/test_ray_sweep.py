@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 import ray
 import yaml
@@ -652,15 +651,6 @@ def test_resume_with_nothing_saved_starts_fresh_and_a_signal_before_any_trial_is
 
 
 @pytest.mark.heavy
-def test_sigterm_saves_the_state_as_sigint_does(tmp_path, undisturbed):
-    write_sweep(tmp_path, SLOW)
-    stopped = interrupt(tmp_path, signal.SIGTERM, "trial   1  step    10")
-    assert_stopped_cleanly(tmp_path, stopped, signal.SIGTERM)
-    resumed = run_sweep(tmp_path, "sweep.yaml", "--resume")
-    assert_as_if_undisturbed(assert_resumed_to_the_end(tmp_path, resumed), undisturbed)
-
-
-@pytest.mark.heavy
 def test_driver_killed_at_the_end_is_resumed_to_the_bits_of_an_undisturbed_sweep(
     tmp_path, undisturbed
 ):
@@ -669,32 +659,6 @@ def test_driver_killed_at_the_end_is_resumed_to_the_bits_of_an_undisturbed_sweep
     assert killed.code == -signal.SIGKILL
     resumed = run_sweep(tmp_path, "sweep.yaml", "--resume")
     assert_as_if_undisturbed(assert_resumed_to_the_end(tmp_path, resumed), undisturbed)
-
-
-@pytest.mark.heavy
-def test_killed_trial_worker_is_replaced_and_goes_on_to_the_same_bits(tmp_path, undisturbed):
-    write_sweep(tmp_path, SLOW)
-    with running_sweep(tmp_path, "sweep.yaml") as process:
-        output = tmp_path / "stdout.txt"
-        wait_until(
-            "a trial at work",
-            lambda: "trial   1  step    10" in output.read_text(),
-            seconds=SWEEP_TIMEOUT,
-        )
-        workers = [p for p in psutil.Process(process.pid).children(recursive=True) if works(p)]
-        assert len(workers) == 1
-        workers[0].send_signal(signal.SIGKILL)
-        code = process.wait(timeout=SWEEP_TIMEOUT)
-    done = assert_resumed_to_the_end(tmp_path, finished(tmp_path, code))
-    assert_as_if_undisturbed(done, undisturbed)
-
-
-def works(process: psutil.Process) -> bool:
-    """Whether it is the worker of a trial."""
-    try:
-        return "TrialWorker" in " ".join(process.cmdline())
-    except psutil.Error:
-        return False
 
 
 @pytest.mark.heavy

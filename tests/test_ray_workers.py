@@ -4,6 +4,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,9 @@ import ray
 from ray_helpers import wait_until
 
 from ftd.errors import UserError
+from ftd.expert import Numerics
+from ftd.memory import OVERHEAD
+from ftd_ray.node_faults import assigned
 from ftd_ray.storage import PlaceError
 from ftd_ray.workers import IDLE_SECONDS, WORKER_ATTEMPTS, OnNode, run_calls, start_pool
 
@@ -29,7 +33,7 @@ class Worker(OnNode):
 
 @pytest.fixture(scope="module", autouse=True)
 def _ray() -> Iterator[None]:
-    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 
@@ -118,6 +122,35 @@ def test_worker_books_the_memory_that_it_is_said_to_take():
     wait_until("a booking", lambda: free_memory() == before - 10**9, seconds=20)
     ray.kill(pool)
     wait_until("its end", lambda: free_memory() == before, seconds=20)
+
+
+def room(spec: Any) -> int | None:
+    from ftd import memory
+
+    return memory._room(0)
+
+
+def test_worker_keeps_its_batches_to_the_memory_that_is_booked_for_it():
+    for booked, expected in ((0, None), (2 * 10**9, (2 * 10**9 - OVERHEAD["cpu"]) // 2)):
+        pool = start_pool(1, 0, booked)
+        spec = SimpleNamespace(numerics=Numerics())
+        found, _ = ray.get(taken(pool, 0).call.remote(room, spec), timeout=120)
+        ray.kill(pool)
+        assert found == expected
+
+
+def given(spec: Any) -> tuple[float, float]:
+    return assigned("GPU"), assigned("memory")
+
+
+def test_worker_knows_its_share_of_a_gpu_and_the_memory_that_is_booked_for_it():
+    for gpus, booked in ((0.25, 10**9), (1 / 3, 0)):
+        pool = start_pool(1, gpus, booked)
+        spec = SimpleNamespace(numerics=Numerics())
+        found, _ = ray.get(taken(pool, 0).call.remote(given, spec), timeout=120)
+        ray.kill(pool)
+        assert found == (pytest.approx(gpus, abs=1e-4), booked)
+    assert given(None) == (0, 0)  # here is no worker
 
 
 # --- calls ----------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ftd.gradients import Gradients, SecondOrder
+from ftd.gradients import FLOAT, Gradients, Pass, SecondOrder
 from ftd.native.chunks import Workspace, chunk_sizes
 from ftd.native.convolution import Chunk, Shape, convolution
 from ftd.native.library import kernels
@@ -32,6 +32,14 @@ R = TypeVar("R")
 CHUNK = 1_500_000
 """Numbers that the first layer may put out for one chunk of images. It decides about bits, as
 kernels.c does: who changes either raises ``ftd.expert.SCHEMA_VERSION``."""
+
+_HELD: dict[Pass, tuple[float, float, float, float]] = {
+    "logits": (3, 9, 3, 6),
+    "gradient": (5.25, 9, 3, 11),
+    "second_order": (10.25, 18, 5, 15),
+}
+"""What is held at the peak: for each image of a chunk of what the first layer puts out, and of its
+pixels; for each image of the batch of its pixels; of the parameters."""
 
 _SPACE = Workspace()
 """Of all networks: a thread works on one chunk at a time."""
@@ -75,8 +83,8 @@ class NativeGradients(Gradients):
     Raises UserError on first use where the machine has no C compiler.
     """
 
-    def __init__(self, network: Network):
-        super().__init__(network)
+    def __init__(self, network: Network, *, room: int | None = None):
+        super().__init__(network, room=room)
         spec = ConvNetSpec.parse(network.name)
         self._width = spec.width
         self._layers = [
@@ -91,6 +99,21 @@ class NativeGradients(Gradients):
             for i in range(spec.depth)
         ]
         self._limit = self.images_within(CHUNK)
+
+    def bytes_of(self, what: Pass, images: int, threads: int = 1) -> int:
+        """What each thread works in, and every chunk's gradients until they are added up."""
+        n = self.network
+        of_layer, of_patches, of_images, of_pass = _HELD[what]
+        sizes = chunk_sizes(images, self._limit, threads)
+        pixels = n.channels * n.resolution**2
+        of_image = of_layer * n.resolution**2 * self._width + of_patches * pixels
+        work = min(threads, len(sizes)) * max(sizes) * of_image
+        grads = 0 if what == "logits" else len(sizes)
+        return int(FLOAT * (work + of_images * images * pixels + (of_pass + grads) * n.size))
+
+    def images_at_once(self, what: Pass) -> int | None:
+        """Any number: its chunks are small, and of one size everywhere."""
+        return None
 
     @torch.no_grad()
     def logits(self, params_P: Tensor, images: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from ftd_ray.command import (
     sweep_parser,
 )
 from ftd_ray.config import load_config
+from ftd_ray.fit import this_machine
 from ftd_ray.local import listen_on_loopback
 from ftd_ray.plan import lacking, lacking_compiler, machine_resources, make_plan
 from ftd_ray.reading import reading
@@ -47,7 +48,8 @@ def _main(args: argparse.Namespace, console: Console) -> int:
     if address is None:
         missing = lacking(config, machine_resources(), experts_only=True)
         missing += lacking_compiler(config, experts_only=True)
-    console.print(plan.experts_text(missing), soft_wrap=True, markup=False)
+    machine = this_machine() if address is None else None
+    console.print(plan.experts_text(missing, machine), soft_wrap=True, markup=False)
     if args.dry_run:
         return 0
     if not any(s.missing for s in plan.sets):

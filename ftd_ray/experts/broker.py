@@ -7,6 +7,7 @@ is small.
 """
 
 import asyncio
+import contextlib
 import itertools
 import json
 import time
@@ -28,13 +29,16 @@ from ftd_ray.actors import Lingering, shared_actor
 from ftd_ray.autoscaler import head_node
 from ftd_ray.experts.fleet import (
     ATTEMPTS,
-    GPU_HEADROOM,
     Build,
     ExpertActor,
     Fleet,
-    gpu_share,
+    OtherKind,
+    gpu_kinds,
+    has_others,
+    node_ids,
     start_actor,
 )
+from ftd_ray.experts.kinds import Kinds
 from ftd_ray.experts.orders import (
     ExpertDiverged,
     ExpertOrder,
@@ -44,14 +48,18 @@ from ftd_ray.experts.orders import (
     SetStatus,
     Urgency,
 )
+from ftd_ray.experts.shares import GPU_HEADROOM, gpu_share
 from ftd_ray.node_faults import NodeFault
-from ftd_ray.nodes import Health
+from ftd_ray.nodes import Health, nodes_able
 from ftd_ray.storage import PlaceError, place_error
 from ftd_ray.store import TrajectoryStore
 from ftd_ray.store.published import PublishedExperts
 
 SILENT_SECONDS = 300
 """What is only wanted by askers that were not heard of for so long is dropped, until they are."""
+OTHER_KINDS_SECONDS = 60
+"""Where an expert was measured on one kind of GPU, the others are waited for at most so long. What
+is measured later is used from then on."""
 RATE_SECONDS = 60
 """Epochs per second are counted over this long."""
 
@@ -73,7 +81,7 @@ class _Job:
     before: "_Job | None"
     """A shorter build of the same expert, which this one goes on from."""
     build: Build | None = None
-    fleet: Fleet | None = None
+    fleet: Fleet | Kinds | None = None
     task: "asyncio.Task[None]" = field(init=False)
 
     def want(self, turn: int, asker: str, rank: tuple[int, int, int]) -> None:
@@ -157,6 +165,8 @@ class Broker(Lingering):
     """One for a store on a cluster: ``ensure`` returns when an expert set is in the store."""
 
     expert_actor: type = ExpertActor
+    patience: float = OTHER_KINDS_SECONDS
+    """With kinds of GPU that are not measured yet, where one is."""
 
     def __init__(self, store_uri: str, schema: int, version: str) -> None:
         self._store = TrajectoryStore(store_uri)
@@ -164,9 +174,14 @@ class Broker(Lingering):
         self._id = uuid.uuid4().hex
         self._askers: dict[str, _Asker] = {}
         self._jobs: dict[tuple[str, int], _Job] = {}
-        self._fleets: dict[tuple[float, float, int, bool], Fleet] = {}
+        self._fleets: dict[tuple[float, float, int, bool, str | None, bool], Fleet] = {}
         self._health = Health()
-        self._needs: dict[str, asyncio.Task[list[int]]] = {}
+        self._first_gpus: dict[tuple[float, int], asyncio.Task[None]] = {}
+        """(CPUs, memory) of an expert -> what waits for the first GPU that has room for it."""
+        self._needs: dict[tuple[str, str | None], asyncio.Task[list[int]]] = {}
+        """(what an expert's memory depends on, kind of GPU) -> how much of it it takes."""
+        self._asked: dict[str, float] = {}
+        """What an expert's memory depends on -> when it was to be measured first."""
         self._diverged: dict[tuple[str, int], tuple[int, str]] = {}
         """(set, expert) -> epochs that it did not reach, and why."""
         self._points: dict[str, list[tuple[int, int, float]]] = defaultdict(list)
@@ -259,7 +274,7 @@ class Broker(Lingering):
         kept = {} if told is None else {number: told}
         me.answers = {**kept, me.answered: _Answer(heard, len(me.notes))}
         starting = sum(w.node is None for f in self._fleets.values() for w in f.workers)
-        starting += sum(not task.done() for task in self._needs.values())
+        starting += sum(not t.done() for t in (*self._first_gpus.values(), *self._needs.values()))
         return FleetStatus(
             sets=sets,
             nodes=self._nodes(),
@@ -331,7 +346,8 @@ class Broker(Lingering):
         if order.epochs >= epochs:
             raise ExpertDiverged(reason)
         unwanted = Withdrawn(f"expert {index} of set {order.key} is not wanted any more")
-        for attempt in range(ATTEMPTS):
+        attempt = 0
+        while True:
             job.fleet = await self._fleet(order)
             if not job.askers:
                 raise unwanted
@@ -347,15 +363,18 @@ class Broker(Lingering):
                 break
             except asyncio.CancelledError:
                 raise unwanted from None
+            except OtherKind:  # nobody's doing: the cluster has changed
+                continue
             except RayTaskError as error:
-                cause = error.cause
+                attempt, cause = attempt + 1, error.cause
                 if isinstance(cause, Diverged):
                     self._diverged[order.key, index] = order.epochs, str(cause)
-                last = attempt == ATTEMPTS - 1
+                last = attempt == ATTEMPTS
                 if isinstance(cause, DamagedError) and not last:
                     await self._mend(order)
                 elif isinstance(cause, GpuFull) and order.gpus is None and not last:
-                    await self._shrink(order, job.fleet)
+                    assert job.build.fleet is not None
+                    await self._shrink(order, job.build.fleet)
                 elif isinstance(cause, OSError):
                     uri = self._store.uri
                     raise place_error(uri, "store.uri", cause, verb="written") from None
@@ -374,40 +393,139 @@ class Broker(Lingering):
                 wanted.present.add(index)
             if asker == payer and seconds is not None:
                 wanted.built[index] = wanted.built.get(index, 0.0) + seconds
-                wanted.gpus = job.fleet.size[1] if job.fleet is not None else 0.0
+                took = job.build.fleet if job.build is not None else None
+                wanted.gpus = took.size[1] if took is not None else order.gpus or 0.0
 
-    async def _fleet(self, order: ExpertOrder) -> Fleet:
-        """The actors of the size that the order says, or that a measurement says."""
-        measured = order.gpus is None
-        gpus = gpu_share(*await self._need(order)) if order.gpus is None else order.gpus
+    async def _fleet(self, order: ExpertOrder) -> Fleet | Kinds:
+        """The actors of the size that the order says, or that measurements say.
+
+        Each kind of GPU has a share of its own, and actors of its own.
+        """
+        if order.gpus is not None:
+            return self._fleet_of(order, order.gpus, measured=False)
+        shares: dict[str | None, float] = {}
+        while not shares:
+            while not (kinds := await asyncio.to_thread(gpu_kinds, self._health.left_out)):
+                await self._first_gpu(order)
+            if bound := len(kinds) > 1:  # GPUs without a name cannot be told from the others
+                kinds.discard(None)
+            with contextlib.suppress(OtherKind):
+                shares = await self._shares(order, list(kinds), bound)
+        fleets = [self._fleet_of(order, share, kind, bound) for kind, share in shares.items()]
+        return fleets[0] if len(fleets) == 1 else Kinds(fleets)
+
+    async def _shares(
+        self, order: ExpertOrder, kinds: list[str | None], bound: bool
+    ) -> dict[str | None, float]:
+        """The share of an expert on each kind of GPU that one fits on, as far as it is known soon.
+
+        Raises UserError if one fits on none of them.
+        """
+        tasks = {kind: self._need(order, kind, bound) for kind in kinds}
+        since = self._asked.setdefault(footprint(order.identity), time.monotonic())
+        shares: dict[str | None, float] = {}
+        refused: dict[str | None, UserError] = {}
+        while not shares and len(refused) < len(tasks):
+            waiting = [t for kind, t in tasks.items() if kind not in refused]
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            left = since + self.patience - time.monotonic()
+            await asyncio.wait(waiting, timeout=max(0, left))
+            for kind, task in tasks.items():
+                if task.done() and kind not in refused:
+                    try:
+                        shares[kind] = gpu_share(*task.result())
+                    except UserError as error:
+                        refused[kind] = error
+        if not shares:
+            raise next(iter(refused.values()))
+        return shares
+
+    async def _first_gpu(self, order: ExpertOrder) -> None:
+        """Waits until the cluster has a GPU for such an expert: one actor for all that wait."""
+        size = (order.cpus, order.memory)
+        task = self._first_gpus.get(size)
+        if task is None or task.done():
+            task = self._first_gpus[size] = asyncio.create_task(self._await_gpu(*size))
+        await asyncio.shield(task)
+
+    async def _await_gpu(self, cpus: float, memory: int) -> None:
+        for _ in range(ATTEMPTS):
+            avoid = self._health.avoid(nodes_able(cpus, 1.0, memory))
+            actor = start_actor(cpus, 1.0, memory, self.expert_actor, avoid)
+            try:
+                await actor.node.remote()
+                return
+            except RayError:  # the node is gone again
+                continue
+            finally:
+                ray.kill(actor)
+        raise PlaceError("no GPU stayed on the cluster. See what `ray status` says of its nodes.")
+
+    def _fleet_of(
+        self,
+        order: ExpertOrder,
+        gpus: float,
+        kind: str | None = None,
+        bound: bool = False,
+        *,
+        measured: bool = True,
+    ) -> Fleet:
         size = (order.cpus, gpus, order.memory)
-        if (*size, measured) not in self._fleets:
-            share = gpus if measured else None
-            self._fleets[*size, measured] = Fleet(
-                *size, share=share, actor=self.expert_actor, health=self._health
+        key = (*size, measured, kind, bound)
+        if key not in self._fleets:
+            self._fleets[key] = Fleet(
+                *size,
+                share=gpus or None,
+                measured=measured,
+                kind=kind,
+                bound=bound,
+                actor=self.expert_actor,
+                health=self._health,
             )
-        return self._fleets[*size, measured]
+        return self._fleets[key]
 
-    async def _need(self, order: ExpertOrder) -> list[int]:
-        """[bytes of its GPU that one such expert takes, bytes that there are], measured once."""
-        name = footprint(order.identity)
+    def _need(
+        self, order: ExpertOrder, kind: str | None, bound: bool = False
+    ) -> "asyncio.Task[list[int]]":
+        """[bytes that one such expert takes of a GPU of that kind, bytes that there are]."""
+        name = (footprint(order.identity), kind)
         task = self._needs.get(name)
         if task is None or (task.done() and task.exception() is not None):
-            task = self._needs[name] = asyncio.create_task(self._measure(order))
-        return await asyncio.shield(task)
+            task = self._needs[name] = asyncio.create_task(self._measure(order, kind, bound))
+            task.add_done_callback(lambda done: self._measured(*name, done))
+        return task
+
+    def _measured(self, name: str, kind: str | None, task: "asyncio.Task[list[int]]") -> None:
+        """What waits for another kind of GPU may go to this one now."""
+        others = any(of == name and other != kind for of, other in self._needs)
+        if others and not task.cancelled() and task.exception() is None:
+            for fleet in self._fleets.values():
+                fleet.share_out_anew()
 
     def _is_measured(self, order: ExpertOrder) -> bool:
-        task = self._needs.get(footprint(order.identity))
-        return bool(task and task.done() and not task.cancelled() and not task.exception())
+        """On some kind of GPU."""
+        name = footprint(order.identity)
+        tasks = [task for (of, _), task in self._needs.items() if of == name]
+        return any(t.done() and not t.cancelled() and not t.exception() for t in tasks)
 
-    async def _measure(self, order: ExpertOrder) -> list[int]:
+    async def _measure(self, order: ExpertOrder, kind: str | None, bound: bool) -> list[int]:
+        alone, node = (order.cpus, 1.0, order.memory), ""  # on its GPU
         for attempt in range(1, ATTEMPTS + 1):
-            alone = (order.cpus, 1.0, order.memory)  # on its GPU
-            actor = start_actor(*alone, self.expert_actor)
+            only = kind if bound else None
+            avoid = self._health.avoid(nodes_able(*alone, only))
+            actor = start_actor(*alone, self.expert_actor, avoid, only)
             try:
+                node = await actor.node.remote()
+                if kind is not None and await asyncio.to_thread(has_others, node, kind):
+                    if kind not in await asyncio.to_thread(gpu_kinds):
+                        break
+                    bound = True  # another kind has come just now
+                    continue
                 return list(await actor.gpu_need.remote(order.work))
             except RayTaskError as error:
                 if isinstance(error.cause, NodeFault):
+                    if here := node_ids().get(node):
+                        self._health.suspect(here)
                     if attempt < ATTEMPTS:
                         continue
                     raise PlaceError(f"no GPU could be measured: {error.cause}.") from None
@@ -422,11 +540,11 @@ class Broker(Lingering):
                     ) from None
             finally:
                 ray.kill(actor)
-        raise AssertionError("not reached")
+        raise OtherKind(f"no GPU of the kind {kind} stayed on the cluster")
 
     async def _shrink(self, order: ExpertOrder, fleet: Fleet) -> None:
-        """An expert did not fit its measured share after all: one less on each GPU."""
-        need = await self._need(order)
+        """An expert did not fit its measured share after all: one less on each such GPU."""
+        need = await self._need(order, fleet.kind)
         share = gpu_share(*need)
         if share != fleet.size[1]:
             return  # another expert has said so

@@ -14,9 +14,12 @@ import torch
 
 from ftd.data import Dataset, DatasetConfig, Sender, load
 from ftd.expert import ExpertConfig, Numerics, Snapshot, train_expert
+from ftd.memory import OVERHEAD, expert_need, limit_memory
 from ftd.trajectory import Overtaken
 from ftd_ray.experts.orders import GpuFull
-from ftd_ray.node_faults import GpuMemory, faults_of_the_node, needs_the_data
+from ftd_ray.experts.shares import GPU_HEADROOM
+from ftd_ray.limits import own_use
+from ftd_ray.node_faults import GpuMemory, NodeFault, faults_of_the_node, needs_the_data
 from ftd_ray.storage import place_error
 from ftd_ray.store import TrajectoryStore
 
@@ -87,21 +90,33 @@ def _build(request: ExpertRequest, index: int, on_epoch: OnEpoch) -> None:
 def gpu_need(request: ExpertRequest) -> tuple[int, int]:
     """Bytes of this process's GPU that training takes, context included, and that there are.
 
-    Measured by an epoch of a few batches, in a process that has done nothing else on the GPU.
+    Measured by an epoch of a few batches, in a process that has done nothing else on the GPU. What
+    others use on it does not count. Accuracy is cut to what a training step takes.
     """
     device = request.numerics.apply()
+    free, total = torch.cuda.mem_get_info(device)
+    others = total - free - OVERHEAD["cuda"]
     data = _dataset(request.dataset, str(device), request.sender)
+    zca = request.dataset.zca
+    said = expert_need(request.experts, data.description, request.numerics, zca=zca)
+    limit_memory(said.total - said.overhead)
     few = replace(data, train=data.train.first(3 * request.experts.batch_size))
     backend = request.numerics.backend
-    for _ in train_expert(request.experts, few, 0, epochs=1, device=device, backend=backend):
-        pass
+    try:
+        for _ in train_expert(request.experts, few, 0, epochs=1, device=device, backend=backend):
+            pass
+    except torch.OutOfMemoryError as error:
+        if others > OVERHEAD["cuda"] and said.total < GPU_HEADROOM * total:
+            raise NodeFault(
+                "full",
+                f"other programs use {others / 1e9:.1f} of its GPU's {total / 1e9:.1f} GB, and an "
+                f"expert takes about {said.total / 1e9:.1f} GB. End them, or lower "
+                "experts.batch_size",
+            ) from error
+        return max(said.total, total), total
     free, total = torch.cuda.mem_get_info(device)
-    return total - free, total
-
-
-def limit_gpu_memory(share: float) -> None:
-    """Keeps this process to its share of the GPU, so that it cannot push its neighbours out."""
-    torch.cuda.set_per_process_memory_fraction(share)
+    reserved = torch.cuda.max_memory_reserved(device)
+    return own_use(reserved, total - free, torch.cuda.memory_reserved(device)), total
 
 
 @lru_cache(maxsize=1)

@@ -33,6 +33,8 @@ class BrokerClient:
         """The data set for nodes that have not got it, once ``ship`` was called."""
         self._touched = time.monotonic()
         self._asker = uuid.uuid4().hex
+        self._broker: Any = None
+        self._found = float("-inf")
         self.status = FleetStatus()
         self._pending: Any = None
         self._polled = 0.0
@@ -46,8 +48,11 @@ class BrokerClient:
 
     @property
     def broker(self) -> Any:
-        """The broker's handle; it is started when there is none."""
-        return broker(self._config.store.uri)
+        """The broker's handle; it is started when there is none, or not any more."""
+        if time.monotonic() - self._found > POLL_SECONDS:  # asking takes milliseconds
+            self._broker = broker(self._config.store.uri)
+            self._found = time.monotonic()
+        return self._broker
 
     def order(self, experts: ExpertConfig, urgency: Urgency) -> ExpertOrder:
         """The order for the set of ``experts``, which may be given to anyone to place."""

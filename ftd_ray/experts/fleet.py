@@ -13,7 +13,7 @@ import math
 import pickle
 import time
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,8 +23,8 @@ from ray.exceptions import RayError, RayTaskError
 from ftd.errors import UserError
 from ftd_ray.experts.orders import GpuFull, Urgency
 from ftd_ray.experts.room import room_for
-from ftd_ray.node_faults import NodeFault, faults_of_the_node, gpus_here
-from ftd_ray.nodes import Health, NothingLeft, beside, nodes_able, standing_nodes
+from ftd_ray.node_faults import NodeFault, assigned, faults_of_the_node, gpus_here
+from ftd_ray.nodes import GPU_KIND, Health, NothingLeft, beside, nodes_able, standing_nodes
 from ftd_ray.storage import PlaceError
 
 ATTEMPTS = 4
@@ -41,10 +41,10 @@ RECOUNT_SECONDS = 2
 AHEAD_SECONDS = 20
 """An actor stays to build ahead when all of that takes no longer: about what it costs to make way
 for trials and to start again, on each core."""
-GPU_HEADROOM = 0.92
-"""Share of a GPU's memory that experts together may fill."""
-EXPERTS_PER_GPU = 8
-"""At most, however small they are: more only wait for each other."""
+
+
+class OtherKind(Exception):
+    """A build is to choose its kind of GPU anew: those, or what is known of them, have changed."""
 
 
 FAULTS = RayError | NodeFault | GpuFull
@@ -65,12 +65,12 @@ class ExpertActor:
 
         Returns the seconds that it took, None if there was nothing left to train.
         """
-        from ftd_ray.experts.build import build_expert, limit_gpu_memory
+        from ftd_ray.experts.build import build_expert
+        from ftd_ray.limits import limit_worker
 
         request, gpus = pickle.loads(work), gpus_here()
         with faults_of_the_node(gpus):
-            if share is not None:
-                limit_gpu_memory(share)
+            limit_worker(share, assigned("memory"))
             self.check(request.numerics)
         began, trained = time.monotonic(), False
 
@@ -115,6 +115,10 @@ class Build:
     losses: int = 0
     """Of its actor, since it got further last."""
     worker: "Worker | None" = field(default=None, repr=False)
+    fleet: "Fleet | None" = field(default=None, repr=False)
+    """Whose actor took it last."""
+    offered: "list[Fleet]" = field(default_factory=list, repr=False)
+    """Where it waits until an actor takes it."""
 
     def __lt__(self, other: "Build") -> bool:
         return self.rank < other.rank
@@ -123,6 +127,11 @@ class Build:
     def due(self) -> bool:
         """Whether somebody waits for it."""
         return self.rank[0] != Urgency.AHEAD
+
+    @property
+    def waits(self) -> bool:
+        """Whether no actor has taken it, and nothing has become of it."""
+        return self.worker is None and not self.done.done()
 
     @property
     def node(self) -> str | None:
@@ -144,7 +153,11 @@ class Worker:
 class Fleet:
     """Expert actors of (cpus, gpus, memory) each. Lives in the event loop of the broker.
 
-    ``share`` limits each to that share of its GPU's memory.
+    ``share`` limits each to that share of its GPU's memory. One that is ``measured`` holds for GPUs
+    of ``kind``: actors are ``bound`` to that kind where the cluster has others; where it has not,
+    they ask for any GPU, since an autoscaler may know no kinds, and one that comes to lie on
+    another takes no build. When the cluster's kinds of GPU change, builds that wait are given back:
+    OtherKind says so.
     """
 
     def __init__(
@@ -154,11 +167,18 @@ class Fleet:
         memory: int = 0,
         *,
         share: float | None = None,
+        measured: bool = False,
+        kind: str | None = None,
+        bound: bool = False,
         actor: type = ExpertActor,
-        room: Callable[[float, float, int], float] | None = None,
+        room: Callable[[float, float, int, str | None], float] | None = None,
         health: Health | None = None,
     ) -> None:
         self.size, self._share = (cpus, gpus, memory), share
+        self.kind, self._measured = kind, measured
+        self._only = kind if bound else None
+        self._kinds: set[str | None] | None = None
+        """Of GPUs, that the cluster had at the last look."""
         self._health = health or Health()
         self._actor, self._room = actor, room or room_for
         self._queue: list[Build] = []
@@ -171,29 +191,50 @@ class Fleet:
 
     async def run(self, build: Build) -> float | None:
         """Has it built; returns what the actor does. Raises what it raised, or UserError."""
-        self._push(build)
+        self.offer(build)
         return await build.done
+
+    def offer(self, build: Build) -> None:
+        """The build waits here, as it may elsewhere."""
+        build.offered.append(self)
+        self._push(build)
 
     def hasten(self, build: Build, rank: tuple[int, int, int]) -> None:
         """Moves a build that waits forward."""
         if rank < build.rank:
             build.rank = rank
-            heapq.heapify(self._queue)
-            self._attend()
+            self.reorder()
+
+    def reorder(self) -> None:
+        """A build's rank has changed."""
+        heapq.heapify(self._queue)
+        self._attend()
 
     def drop(self, build: Build) -> None:
         """Nobody wants it any more. What its actor has published stays."""
-        if build in self._queue:
-            self._queue.remove(build)
-            heapq.heapify(self._queue)
         build.done.cancel()
-        if build.worker is not None:
+        self._tidy()
+        if build.worker in self.workers:
             self._dismiss(build.worker)
         self._wake.set()
 
     def _push(self, build: Build) -> None:
-        heapq.heappush(self._queue, build)
+        if build not in self._queue:
+            heapq.heappush(self._queue, build)
         self._attend()
+
+    def _tidy(self) -> None:
+        """Forgets builds that other fleets' actors have taken, and what nobody wants."""
+        waiting = [build for build in self._queue if build.waits]
+        if len(waiting) < len(self._queue):
+            self._queue = waiting
+            heapq.heapify(self._queue)
+
+    def _empty(self) -> list[Build]:
+        """Takes all builds that wait."""
+        self._tidy()
+        queue, self._queue = self._queue, []
+        return queue
 
     def _attend(self) -> None:
         """Something has changed in the queue."""
@@ -203,6 +244,7 @@ class Fleet:
 
     def _due(self) -> int:
         """Builds that somebody waits for and no actor has taken yet."""
+        self._tidy()
         return sum(build.due for build in self._queue)
 
     def _next(self) -> Build | None:
@@ -210,6 +252,7 @@ class Fleet:
 
         Only one stays for what is built ahead, and only if that is over soon.
         """
+        self._tidy()
         if not self._queue:
             return None
         if not self._queue[0].due:
@@ -225,7 +268,8 @@ class Fleet:
         while self._due() or self.workers:
             self._wake.clear()
             with contextlib.suppress(Exception):  # the cluster does not answer just now
-                room = await asyncio.to_thread(self._room, *self.size)
+                room = await asyncio.to_thread(self._room, *self.size, self._only)
+                await self._look_at_kinds()
             try:
                 self._adjust(room)
             except Exception as error:  # askers must hear of it
@@ -235,13 +279,14 @@ class Fleet:
 
     def _adjust(self, room: float) -> None:
         """Starts or withdraws actors until there are as many as work and room are there for."""
+        self._tidy()
         busy = [w.build for w in self.workers if w.build is not None]
         due = [build for build in self._queue if build.due]
         limits = [math.inf if b.at_once is None else b.at_once for b in (*busy, *due)]
         wanted = int(min(room, len(busy) + len(due), max(limits, default=0)))
         for _ in range(wanted - len(self.workers)):
-            apart = self._health.avoid(nodes_able(*self.size))
-            worker = Worker(start_actor(*self.size, self._actor, apart))
+            apart = self._health.avoid(nodes_able(*self.size, self._only))
+            worker = Worker(start_actor(*self.size, self._actor, apart, self._only))
             self.workers.add(worker)
             worker.life = asyncio.create_task(self._live(worker))
         surplus = [w for w in self.workers if w.node is None]
@@ -258,9 +303,17 @@ class Fleet:
         try:
             worker.node = await worker.actor.node.remote()
             self._failed_starts = 0
+            if self.kind is not None and await asyncio.to_thread(
+                has_others, worker.node, self.kind
+            ):
+                if (build := self._next()) is not None:  # it has a share of its own there
+                    self._give_back([build], OtherKind(f"a GPU is not of the kind {self.kind}"))
+                return
             end = time.monotonic() + LEASE_SECONDS
             while worker in self.workers and time.monotonic() < end and (build := self._next()):
-                worker.build, build.worker = build, worker
+                worker.build, build.worker, build.fleet = build, worker, self
+                for fleet in build.offered:
+                    fleet._wake.set()
                 await self._one(worker.actor, build)
                 worker.build = build.worker = None
         except Exception as error:  # its process, node, GPU or data are gone, above all
@@ -278,7 +331,7 @@ class Fleet:
             seconds = await actor.build.remote(build.work, build.key, build.index, self._share, me)
         except Exception as error:
             cause = error.cause if isinstance(error, RayTaskError) else error
-            elsewhere = RayError | NodeFault if self._share is not None else FAULTS
+            elsewhere = RayError | NodeFault if self._measured else FAULTS
             if isinstance(cause, elsewhere):
                 raise cause from None  # the build may be tried again
             if not build.done.done():
@@ -308,7 +361,8 @@ class Fleet:
         if build.done.done():
             return
         if build.losses < LOSSES:
-            self._push(build)
+            for fleet in build.offered:
+                fleet._push(build)
         elif isinstance(error, GpuFull):
             build.done.set_exception(error)
         else:
@@ -321,19 +375,40 @@ class Fleet:
                 )
             )
 
+    async def _look_at_kinds(self) -> None:
+        """Has builds that wait shared out anew when a kind of GPU has come, or has gone.
+
+        Nodes that are left out count for nothing; nor does it change anything when no GPU is left.
+        """
+        if not self._measured:
+            return
+        if kinds := await asyncio.to_thread(gpu_kinds, self._health.left_out):
+            before, self._kinds = self._kinds, kinds
+            if before not in (None, kinds) or (self._only is not None and self._only not in kinds):
+                self.share_out_anew()
+
+    def share_out_anew(self) -> None:
+        """Gives all builds back that wait, if a share was measured on this kind of GPU."""
+        if self._measured:
+            self._give_back(self._empty(), OtherKind("other GPUs than before may be used"))
+
+    @staticmethod
+    def _give_back(builds: Iterable[Build], error: Exception) -> None:
+        """They cannot be built here."""
+        for build in builds:
+            if not build.done.done():
+                build.done.set_exception(error)
+
     def _failed_start(self, error: Exception) -> None:
         if isinstance(error, NothingLeft):
-            queue, self._queue = self._queue, []
-            for build in queue:
-                if not build.done.done():
-                    build.done.set_exception(error)
+            self._give_back(self._empty(), error)
             return
         self._failed_starts += 1
         if self._failed_starts < ATTEMPTS or not self._due():
             return
         self._failed_starts = 0
         build = heapq.heappop(self._queue)
-        if not build.done.done():
+        if not any(build in fleet._queue for fleet in build.offered):
             reason = " ".join(str(error).split())[:200]
             build.done.set_exception(
                 PlaceError(f"expert actors could not be started {ATTEMPTS} times ({reason}).")
@@ -346,11 +421,35 @@ def start_actor(
     memory: int,
     actor: type = ExpertActor,
     avoid: Collection[str] = (),
+    kind: str | None = None,
 ) -> Any:
-    """A new expert actor, spread over the nodes but those to ``avoid``; it may have to wait."""
-    size = {"num_cpus": cpus, "num_gpus": gpus, "memory": memory}
+    """A new expert actor, spread over the nodes but those to ``avoid``; it may have to wait.
+
+    With ``kind`` only GPUs of that kind are a place for it.
+    """
+    size = {"num_cpus": cpus, "num_gpus": gpus, "memory": memory, "accelerator_type": kind}
     options = size | {"scheduling_strategy": "SPREAD"} | beside(avoid)
     return ray.remote(actor).options(**options).remote()
+
+
+def gpu_kinds(left_out: Collection[str] = ()) -> set[str | None]:
+    """The kinds of GPU that the cluster has now, but for nodes that are ``left_out``.
+
+    By the names that Ray gives them; None for those without a name.
+    """
+    nodes = (node for node in standing_nodes() if node["NodeID"] not in left_out)
+    return {_kind(node) for node in nodes if node["Resources"].get("GPU", 0)}
+
+
+def has_others(name: str, kind: str | None) -> bool:
+    """Whether the GPUs of a node are of another kind; ``name`` is what ``node_name`` gives it."""
+    here = node_ids().get(name)  # None of one that is gone
+    return any(node["NodeID"] == here and _kind(node) != kind for node in standing_nodes())
+
+
+def _kind(node: dict[str, Any]) -> str | None:
+    names = (key.removeprefix(GPU_KIND) for key in node["Resources"] if key.startswith(GPU_KIND))
+    return next(names, None)
 
 
 def node_name() -> str:
@@ -365,14 +464,3 @@ def node_ids() -> dict[str, str]:
     shared = Counter(addresses.values())
     tells = next(n for n in itertools.count(6) if len({i[:n] for i in addresses}) == len(addresses))
     return {a if shared[a] == 1 else f"{a}-{node[:tells]}": node for node, a in addresses.items()}
-
-
-def gpu_share(need: int, total: int) -> float:
-    """The share of a GPU of ``total`` bytes for an expert of ``need``: as many as fit, evenly."""
-    fitting = int(total * GPU_HEADROOM) // max(1, need)
-    if fitting < 1:
-        raise UserError(
-            f"an expert takes {need / 1e9:.1f} GB of GPU memory, and the GPU has "
-            f"{total / 1e9:.1f} GB. Lower experts.batch_size or the network's width."
-        )
-    return 1 / min(fitting, EXPERTS_PER_GPU)
