@@ -165,7 +165,7 @@ def test_sweep_goes_on_when_a_worker_loses_power(lab, undisturbed):
 
 
 @pytest.mark.unproven
-def test_worker_that_fails_every_task_is_left_out_and_named(lab, undisturbed):
+def test_worker_that_fails_every_task_costs_no_trial(lab, undisturbed):
     sick, cache = lab.workers[0], str(HOME / ".cache")
     sick.check("mkdir", "-p", cache)
     sick.check("mount", "-t", "tmpfs", "-o", "ro", "tmpfs", cache)  # as a disk that has failed
@@ -174,9 +174,10 @@ def test_worker_that_fails_every_task_is_left_out_and_named(lab, undisturbed):
     found = lab.results("sick")
     assert_whole(lab, "sick", found)
     assert outcomes(found) == outcomes(undisturbed)
-    (named,) = found["summary"]["left_out"]
-    assert sick.address in named and "Read-only" in named
-    assert sick.address not in {r.host for r in lab.published("sick")}
+    well = {lab.head.address, lab.workers[1].address}
+    assert {r.host for r in lab.published("sick")} == well
+    named = found["summary"]["left_out"]  # it has one place, and may not get three tasks in time
+    assert all(sick.address in why and "Read-only" in why for why in named)
 
 
 @pytest.mark.unproven
