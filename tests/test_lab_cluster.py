@@ -174,8 +174,7 @@ def test_worker_that_fails_every_task_costs_no_trial(lab, undisturbed):
     found = lab.results("sick")
     assert_whole(lab, "sick", found)
     assert outcomes(found) == outcomes(undisturbed)
-    well = {lab.head.address, lab.workers[1].address}
-    assert {r.host for r in lab.published("sick")} == well
+    assert sick.address not in {r.host for r in lab.published("sick")}
     named = found["summary"]["left_out"]  # it has one place, and may not get three tasks in time
     assert all(sick.address in why and "Read-only" in why for why in named)
 
