@@ -4,7 +4,7 @@ PORT ?= 5000
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: sweep test test-heavy test-unproven lint bench ui docs clean
+.PHONY: sweep test test-heavy test-unproven soak lint bench ui docs clean
 
 sweep: $(READY)  ## search on the bundled digits, to the end; goes on if it was interrupted
 	$(BIN)/python -m ftd_ray.sweep sweeps/digits.yaml --resume $(ARGS)
@@ -18,6 +18,9 @@ test-heavy: $(READY)  ## the tests that take minutes
 test-unproven: $(READY)  ## heavy tests that have not been seen to pass yet: of a whole cluster, above all
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,lab]'
 	$(BIN)/python -m pytest -m unproven --timeout 900 $(ARGS)
+
+soak: $(READY)  ## kill a sweep's processes at random, seed by seed, until Ctrl-C or ARGS="--seeds 20"
+	$(BIN)/python tests/chaos.py $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

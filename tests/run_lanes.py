@@ -24,6 +24,7 @@ LONGEST = [
     "test_cluster_image.py",
     "test_ray_fleet.py",
     "test_ray_kills.py",
+    "test_ray_chaos.py",
     "test_ray_sweep.py",
     "test_ray_config.py",
     "test_ray_budgets.py",
