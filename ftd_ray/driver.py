@@ -280,7 +280,10 @@ class Sweep:
     def _open_pool(self) -> Any:
         r = self.config.resources
         if self._pool is None:
-            self._pool = start_pool(r.cpus_per_trial, r.gpus_per_trial, r.trial_memory)
+            worked = any(t.state in ("complete", "pruned") for t in self.study.ended())
+            self._pool = start_pool(
+                r.cpus_per_trial, r.gpus_per_trial, r.trial_memory, worked=worked
+            )
         return self._pool
 
     def _set_of(self, trial: Ended) -> bytes:

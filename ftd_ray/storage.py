@@ -65,7 +65,10 @@ CLIENTS_READ = ("AWS_", "GOOGLE_", "CLOUDSDK_")
 
 
 class PlaceError(UserError):
-    """A store or a folder is out of reach: full, forbidden, or its server is down."""
+    """What all work of a sweep needs is out of reach.
+
+    Above all a store or a folder: full, forbidden, or its server is down.
+    """
 
 
 def open_uri(uri: str, *, patient: bool = True) -> tuple[pafs.FileSystem, str]:

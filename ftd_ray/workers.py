@@ -180,8 +180,11 @@ class Worker:
 class WorkerPool:
     """The trial workers of one sweep: an actor of the driver's that books nothing itself."""
 
-    def __init__(self, cpus: float, gpus: float, memory: int, worker: type) -> None:
+    def __init__(
+        self, cpus: float, gpus: float, memory: int, worker: type, *, worked: bool = False
+    ) -> None:
         self._worker, self._size = worker, (cpus, gpus, memory)
+        self._worked = worked
         self._options = {"num_cpus": cpus, "num_gpus": gpus, "memory": memory}
         self._health = Health()
         self._busy: dict[int, Worker] = {}
@@ -222,6 +225,16 @@ class WorkerPool:
         worker = self._busy.get(number)
         if worker is not None and (node := await worker.node()):
             self._health.worked(node)
+            self._worked = True
+
+    async def others_fit(self) -> bool:
+        """Whether any trial of the sweep has ever come so far as to report; waits for those at it.
+
+        To be asked by a trial that has given its worker back.
+        """
+        while not self._worked and self._busy:
+            await asyncio.sleep(0.2)
+        return self._worked
 
     async def left_out(self, others: dict[str, str]) -> dict[str, str]:
         """Nodes that get no worker any more, and why; ``others`` are what somebody else found."""
@@ -281,12 +294,22 @@ class WorkerPool:
         ray.kill(worker.actor)
 
 
-def start_pool(cpus: float, gpus: float, memory: int = 0, *, worker: type = TrialWorker) -> Any:
-    """A pool of this process, whose workers have that size each; it ends with the process."""
+def start_pool(
+    cpus: float,
+    gpus: float,
+    memory: int = 0,
+    *,
+    worker: type = TrialWorker,
+    worked: bool = False,
+) -> Any:
+    """A pool of this process, whose workers have that size each; it ends with the process.
+
+    ``worked`` says whether such workers have brought a trial to its end before.
+    """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1}
     pool = ray.remote(WorkerPool).options(scheduling_strategy=here, **options)
-    return pool.remote(cpus, gpus, memory, worker)
+    return pool.remote(cpus, gpus, memory, worker, worked=worked)
 
 
 class SweepTrial(tune.Trainable):
@@ -296,7 +319,7 @@ class SweepTrial(tune.Trainable):
     {"failure": reason, "diverged": whether a training of it or of its experts did} and raises at
     the next step, so that Tune books it as an error. When the store or the sweep's folder is out of
     reach it says {"halt": reason}: that ends the sweep, to be resumed, and is no result of the
-    trial.
+    trial. Nor is it the trial's own that no share of a GPU suffices when none has sufficed yet.
     """
 
     def setup(self, config: dict[str, Any]) -> None:
@@ -329,6 +352,8 @@ class SweepTrial(tune.Trainable):
             if isinstance(cause, Diverged):  # a trial's own end; the next one may have the worker
                 self._order.pool.give_back.remote(self._order.number, clean=True)
             return self._fail(reason, diverged=isinstance(cause, Diverged))
+        except PlaceError as error:
+            return {"halt": str(error)}
         except UserError as error:
             return self._fail(str(error))
         return {"report": report, "done": done}
@@ -378,7 +403,11 @@ class SweepTrial(tune.Trainable):
                 if isinstance(error.cause, GpuMemory):
                     full += 1
                     if full == FULL_ATTEMPTS:
-                        raise UserError(f"{error.cause}. {GPU_REMEDY}") from None
+                        self._let_go()
+                        own = ray.get(order.pool.others_fit.remote())
+                        raise (UserError if own else PlaceError)(
+                            f"{error.cause}. {GPU_REMEDY}"
+                        ) from None
                 elif isinstance(error.cause, NodeFault):
                     fault = error.cause
                 else:

@@ -61,6 +61,7 @@ from ftd_ray.experts.fleet import ExpertActor
 from ftd_ray.experts.orders import FleetStatus, SetStatus, Urgency
 from ftd_ray.experts.room import room_for
 from ftd_ray.nodes import nodes_able
+from ftd_ray.storage import PlaceError
 from ftd_ray.store import TrajectoryStore
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers have no tests
@@ -602,6 +603,19 @@ def test_experts_that_do_not_fit_their_share_get_one_neighbour_less(
     order = stand_in_order(tmp_path, count=6, gpus=None, need=20, fits=1 / 3)
     assert ask(handle.ensure.remote(order)) == list(range(6))
     assert {share for _, share, _, _ in built(tmp_path)} == {1 / 3}
+
+
+@pytest.mark.heavy
+def test_share_that_was_said_and_that_no_expert_fits_on_is_no_experts_own(
+    head, nodes, broker_for, tmp_path
+):
+    nodes(num_cpus=2, num_gpus=1)
+    handle = broker_for(tmp_path / "store", StandInBroker)
+    small = stand_in_order(tmp_path, count=2, gpus=0.25, fits=1 / 3)
+    with pytest.raises(ray.exceptions.RayTaskError) as raised:
+        ask(handle.ensure.remote(small))
+    assert isinstance(raised.value.cause, PlaceError)
+    assert "more GPU memory than it was given" in str(raised.value.cause)
 
 
 @pytest.mark.heavy

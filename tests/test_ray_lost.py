@@ -96,15 +96,23 @@ class SickWorker(SlowWorker):
 class LargeWorker(SlowWorker):
     """Outgrows every GPU in one trial."""
 
+    too_large: tuple[int, ...] = (DIVERGES,)
+
     def report(self) -> tuple[bytes, bool]:
         with faults_of_the_node(0.25):
-            if self._number == DIVERGES:
+            if self._number in self.too_large:
                 raise torch.OutOfMemoryError(
                     "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of "
                     "23.69 GiB of which 1.00 GiB is free. Including non-PyTorch memory, this "
                     "process has 5.00 GiB memory in use."
                 )
             return super().report()
+
+
+class AllTooLarge(LargeWorker):
+    """A share of a GPU on which no trial fits."""
+
+    too_large = tuple(range(100))
 
 
 class FullStore:
@@ -293,6 +301,14 @@ def test_trial_that_outgrows_every_gpu_fails_with_what_it_needed_and_takes_no_no
     reason = ended[DIVERGES].reason or ""
     assert "it needs 5.0 GiB and 2.00 GiB more of a GPU of 23.7 GiB, on a share of 0.25" in reason
     assert "resources.gpus_per_trial" in reason
+
+
+@pytest.mark.heavy
+@pytest.mark.timeout(300)
+def test_share_of_a_gpu_on_which_no_trial_fits_ends_the_search_and_no_trial(local_ray, tmp_path):
+    ended, told = search(tmp_path, worker=AllTooLarge, concurrency=2)
+    assert ended == [] and told.ended == {}
+    assert "on a share of 0.25. Raise resources.gpus_per_trial" in told.halts[0]
 
 
 @pytest.fixture

@@ -38,6 +38,8 @@ LEASE_SECONDS = 300
 """After so long an actor makes way for one that may have to wait: for trials, or other fleets."""
 RECOUNT_SECONDS = 2
 """While there is work, the cluster's size is looked at this often."""
+JUDGE_SECONDS = 0.2
+"""Between two looks at those whose end is waited for."""
 AHEAD_SECONDS = 20
 """An actor stays to build ahead when all of that takes no longer: about what it costs to make way
 for trials and to start again, on each core."""
@@ -184,6 +186,7 @@ class Fleet:
         self._queue: list[Build] = []
         self.workers: set[Worker] = set()
         self._failed_starts = 0
+        self._judging: set[asyncio.Task[None]] = set()
         self._pace: dict[str, float] = {}
         """Seconds that the last build of a kind took for an epoch."""
         self._keeper: asyncio.Task[None] | None = None
@@ -364,7 +367,8 @@ class Fleet:
             for fleet in build.offered:
                 fleet._push(build)
         elif isinstance(error, GpuFull):
-            build.done.set_exception(error)
+            self._judging.add(judging := asyncio.create_task(self._judge(build, error)))
+            judging.add_done_callback(self._judging.discard)
         else:
             build.done.set_exception(
                 UserError(
@@ -374,6 +378,13 @@ class Fleet:
                     "more of them than it holds."
                 )
             )
+
+    async def _judge(self, build: Build, error: GpuFull) -> None:
+        """A share that no expert fits on is nobody's own fault; those at work will tell."""
+        while not self._pace and any(w.build is not None for w in self.workers):
+            await asyncio.sleep(JUDGE_SECONDS)
+        if not build.done.done():
+            build.done.set_exception(error if self._pace else PlaceError(str(error)))
 
     async def _look_at_kinds(self) -> None:
         """Has builds that wait shared out anew when a kind of GPU has come, or has gone.
