@@ -17,6 +17,8 @@ import pytest
 from ray_helpers import wait_until
 from s3_helpers import S3Server, free_port, s3_environment
 
+from ftd_ray.storage import read_bytes
+
 ROOT = Path(__file__).resolve().parents[1]
 CLUSTERS = ROOT / "clusters"
 
@@ -200,8 +202,11 @@ class Head:
 
 
 @pytest.mark.heavy
-def test_a_new_head_goes_on_with_the_runs_of_the_lost_one(s3: str, tmp_path: Path) -> None:
-    copies = f"{s3}/ftd/mlflow/mlflow.db"
+def test_a_new_head_goes_on_with_the_runs_of_the_lost_one(
+    s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for key, value in s3_environment(s3).items():
+        monkeypatch.setenv(key, value)
     first = Head(tmp_path / "first", s3)
     try:
         first.start()
@@ -213,9 +218,7 @@ def test_a_new_head_goes_on_with_the_runs_of_the_lost_one(s3: str, tmp_path: Pat
         )["experiment_id"]
 
         def copied() -> bool:
-            request = urllib.request.Request(copies)
-            with urllib.request.urlopen(request, timeout=20) as answer:
-                return b"of the lost head" in answer.read()
+            return b"of the lost head" in (read_bytes("s3://ftd/mlflow/mlflow.db") or b"")
 
         wait_until("a copy with the new experiment", copied, seconds=120)
     finally:
