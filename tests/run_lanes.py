@@ -35,7 +35,7 @@ LONGEST = [
     "test_ray_experts.py",
 ]
 """Files that begin, in this order; all others come after them."""
-LANES = 2
+LANES = 3
 """Beside the one of what waits."""
 QUICK = 6
 """Processes that quick tests are spread over: each takes seconds to import everything."""
