@@ -35,8 +35,8 @@ LONGEST = [
     "test_ray_experts.py",
 ]
 """Files that begin, in this order; all others come after them."""
-LANES = 3
-"""Beside the one of what waits."""
+LANES = {"quick": 2, "heavy": 3}
+"""Beside the one of what waits. Much of what heavy tests take is Ray's starting and its waiting."""
 QUICK = 6
 """Processes that quick tests are spread over: each takes seconds to import everything."""
 NOTHING_FOUND = 5
@@ -95,7 +95,7 @@ def main(kind: str, arguments: Sequence[str]) -> int:
     if any(Path(a.partition("::")[0]).exists() for a in arguments):
         return subprocess.run(command).returncode
     lanes = Lanes(command)
-    queues = [[[WAITING]], *[files_of(kind)] * LANES]
+    queues = [[[WAITING]], *[files_of(kind)] * LANES[kind]]
     with tempfile.TemporaryDirectory(prefix="lanes-", ignore_cleanup_errors=True) as folder:
         threads = [
             threading.Thread(target=lanes.run, args=(queue, Path(folder, str(i))))
