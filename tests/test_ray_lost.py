@@ -264,14 +264,16 @@ def test_killed_trainables_workers_and_pools_change_no_trial(local_ray, tmp_path
 @pytest.mark.heavy
 @pytest.mark.timeout(600)
 def test_trainables_killed_while_they_start_or_change_hands_are_taken_up(local_ray, tmp_path):
-    looks = itertools.count()
+    looks, killed = itertools.count(), 0
 
     def tick() -> None:  # whatever they are at: setting up, waiting, being handed on
-        if next(looks) % 37 == 36:
-            kill(TRAINABLE, 1)
+        nonlocal killed
+        if next(looks) % 37 == 36 and killed < bridge.LOST_IN_A_ROW - 1:
+            killed += kill(TRAINABLE, 1)
 
     ended, told = search(tmp_path, tick=tick)
     assert_as_planned(ended, told)
+    assert killed > 3
 
 
 @pytest.mark.heavy
