@@ -19,7 +19,18 @@ import psutil
 from ray_helpers import wait_until
 
 INIT = Path(__file__).with_name("lab_init.py")
-TOOLS = ("setpriv", "unshare", "nsenter", "mount", "ip", "bash", "pgrep", "ssh", "ssh-keygen", "sshd")
+TOOLS = (
+    "setpriv",
+    "unshare",
+    "nsenter",
+    "mount",
+    "ip",
+    "bash",
+    "pgrep",
+    "ssh",
+    "ssh-keygen",
+    "sshd",
+)
 
 ISOLATED = (
     *("setpriv", "--pdeathsig", "KILL"),
