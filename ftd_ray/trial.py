@@ -205,11 +205,17 @@ def _write(spec: TrialSpec, uri: str, data: bytes) -> None:
 
 def _start(spec: TrialSpec, data: Dataset, experts: Trajectories, repeat: int) -> DistillState:
     """Where a distillation begins: real images, or what ``distill.init`` says."""
-    network = network_for(spec.network, data.description)
-    room = room_for_trial(network, spec.distill, data)
-    gradients = gradients_for(network, spec.numerics.backend, room=room)
+    gradients = _trial_gradients(spec, data)
     seed = spec.distill_seed(repeat)
     return initial_state(spec.distill, data, experts, gradients, epochs=spec.last_epoch, seed=seed)
+
+
+def _trial_gradients(spec: TrialSpec, data: Dataset, *, beside: int = 1) -> Gradients:
+    """For a distillation, of which so many networks may be evaluated beside each other."""
+    network = network_for(spec.network, data.description)
+    room = room_for_trial(network, spec.distill, data)
+    room = None if room is None else room // beside
+    return gradients_for(network, spec.numerics.backend, room=room)
 
 
 def _final_gradients(name: str, images: int, data: Dataset, numerics: Numerics) -> Gradients:
@@ -231,11 +237,8 @@ def _distilled(
 ) -> Iterator[tuple[DistillState, list[StepRecord], Score, float]]:
     """The state at every evaluation, the steps up to it, its score and the seconds that took."""
     config, settings = spec.distill, spec.evaluate
-    network = network_for(spec.network, data.description)
-    room = room_for_trial(network, config, data)
-    if room is not None:  # as many evaluate at a time
-        room //= side_by_side(settings.search_networks, spec.numerics)
-    gradients = gradients_for(network, spec.numerics.backend, room=room)
+    beside = side_by_side(settings.search_networks, spec.numerics)
+    gradients = _trial_gradients(spec, data, beside=beside)
     short = Protocol.of(
         settings, network=spec.network, augment=data.strategy, epochs=settings.search_epochs
     )
