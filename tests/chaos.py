@@ -33,7 +33,15 @@ from typing import Any
 
 import psutil
 import pytest
-from ray_helpers import environment, mlflow_runs, run_sweep, summary_of, tiny, write_sweep
+from ray_helpers import (
+    QUICK_TO_NOTICE,
+    environment,
+    mlflow_runs,
+    run_sweep,
+    summary_of,
+    tiny,
+    write_sweep,
+)
 
 from ftd.data.cache import cache_root
 from ftd_ray.local import ask_for_token
@@ -82,12 +90,8 @@ TITLES = {
 }
 """As Ray calls their processes; a trainable is what Tune makes of SweepTrial."""
 
-QUICK_TO_NOTICE = {
-    "RAY_health_check_initial_delay_ms": "1000",
-    "RAY_health_check_period_ms": "1000",
-    "RAY_health_check_timeout_ms": "2000",
-    "RAY_health_check_failure_threshold": "3",
-}
+PATIENT = QUICK_TO_NOTICE | {"RAY_health_check_timeout_ms": "2000"}
+"""With nodes that much else keeps busy."""
 
 # --- what runs ------------------------------------------------------------------------------
 
@@ -243,7 +247,7 @@ class Disturbed:
     def __enter__(self) -> "Disturbed":
         with contextlib.ExitStack() as stack:
             patch = stack.enter_context(pytest.MonkeyPatch.context())
-            for key, value in QUICK_TO_NOTICE.items():
+            for key, value in PATIENT.items():
                 patch.setenv(key, value)
             stack.callback(self._end_all)
             self._start_cluster()

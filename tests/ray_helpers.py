@@ -67,6 +67,14 @@ def tiny(**changes: Any) -> dict[str, Any]:
     return tree
 
 
+QUICK_TO_NOTICE = {
+    "RAY_health_check_initial_delay_ms": "1000",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "1000",
+    "RAY_health_check_failure_threshold": "3",
+}
+"""Of Ray: a node that is gone is taken for dead after a few seconds."""
+
 # Trials of three kinds: eta = 1e-9 trains nothing and is pruned against a good one, and a
 # learning rate of eta of 1e30 leaves the numbers. The grid's order by this seed is: complete,
 # failed, failed, complete, pruned.

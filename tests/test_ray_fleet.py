@@ -38,6 +38,7 @@ from fleet_helpers import (
 from ray.autoscaler.v2.sdk import get_cluster_status
 from ray.cluster_utils import Cluster
 from ray_helpers import (
+    QUICK_TO_NOTICE,
     Ran,
     files_below,
     finished,
@@ -68,13 +69,6 @@ ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers have 
 
 LONG = {"epochs": 8, "batch_size": 8}
 """Experts that take a second or so."""
-
-QUICK_TO_NOTICE = {
-    "RAY_health_check_initial_delay_ms": "1000",
-    "RAY_health_check_period_ms": "1000",
-    "RAY_health_check_timeout_ms": "1000",
-    "RAY_health_check_failure_threshold": "3",
-}
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from fleet_helpers import processes
 from ray.cluster_utils import Cluster
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ray_helpers import (
+    QUICK_TO_NOTICE,
     run_sweep,
     summary_of,
     tiny,
@@ -38,12 +39,6 @@ from ftd_ray.workers import OnNode, TrialOrder, start_pool
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers have no tests
 
-QUICK_TO_NOTICE = {
-    "RAY_health_check_initial_delay_ms": "1000",
-    "RAY_health_check_period_ms": "1000",
-    "RAY_health_check_timeout_ms": "1000",
-    "RAY_health_check_failure_threshold": "3",
-}
 
 TRIALS, EVERY, STEPS = 9, 30, 90
 DIVERGES = 4
